@@ -54,10 +54,14 @@ import os
 import pickle
 import random
 import re
+import shutil
+import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import sentencepiece
@@ -65,6 +69,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -87,14 +92,24 @@ def note(*words) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def whole_file(path):
-    """Yield a name beside `path` to write to, renamed to `path` once complete: no reader ever meets half a file."""
+def check_output(path, inputs=()) -> Path:
+    """The path, if a file can be written there that replaces none of the inputs: asked before hours of work, too."""
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give a file name")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} cannot be written to")
+    if any(path.resolve() == Path(i).resolve() for i in inputs if i):
+        raise UserError(f"{path}: is one of the inputs; give another name for the output")
+    return path
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a name beside `path` to write to, renamed to `path` once complete: no reader ever meets half a file."""
+    path = check_output(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial
@@ -765,3 +780,849 @@ def added_tokens(folder: Path) -> dict[str, int]:
     if added.is_file():
         tokens |= read_json(added)
     return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Data
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's data is random in content and exact in form (section 4.1): the model must not learn facts, only to look
+# things up in this format. 50 samples are enough because there are only a thousand numbers to learn.
+
+
+@dataclass
+class Sample:
+    """A prompt, the answer to learn, and what decides whether a generated text is right."""
+
+    prompt: str
+    answer: str
+    expected: int | str | None = None  # a number, a string to be contained, or None: the answer's words
+    length: int = 0                    # the cell it is reported in: tokens asked for ...
+    depth: float | None = None         # ... and, for a needle, its depth in percent
+
+    def score(self, text: str) -> float:
+        """How right a generated text is, 0 to 1; above 0.5 counts as correct.
+
+        A number: LongEval's rule, the last run of digits equals it. A string: contained, ignoring case. Neither:
+        ROUGE-1 recall, the share of the answer's words that occur in the text.
+        """
+        if isinstance(self.expected, int):
+            numbers = re.findall(r"\d+", text)
+            return float(bool(numbers) and int(numbers[-1]) == self.expected)
+        if isinstance(self.expected, str):
+            return float(self.expected.casefold() in text.casefold())
+        wanted, found = (Counter(re.findall(r"\w+", t.casefold())) for t in (self.answer, text))
+        return (wanted & found).total() / max(1, wanted.total())
+
+
+def prompt_id(prompt: str) -> str:
+    """A short fingerprint of a prompt: scales remember what they were trained on, and evaluation leaves it out."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def largest_fit(make, tokenizer: Tokenizer, length: int, limit: int) -> Sample:
+    """The sample make(n) with the largest n <= limit whose prompt has at most `length` tokens, template and BOS included."""
+    size = lambda n: len(tokenizer.prompt(make(n).prompt))
+    n = bisect.bisect_right(range(1, limit + 1), length, key=size)
+    if n == 0:
+        raise UserError(f"--length {length}: too short, the smallest prompt of this task has {size(1)} tokens")
+    return make(n)
+
+
+# --- line retrieval: LongEval's wording, to the letter ---
+
+RECORD = (
+    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
+    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
+    "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
+    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n{lines}\nNow the record is over. Tell me "
+    "what is the <REGISTER_CONTENT> in line {key}? I need the number."
+)
+LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
+LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
+
+ADJECTIVES = """
+    able bold brave brief bright brisk broad busy calm cheap clean clear clever close cold cool crisp curly damp dark
+    deep dry dusty eager early easy empty fair famous fancy fast fine firm flat fond free fresh full funny gentle glad
+    golden grand great green grim happy hard heavy hollow honest huge humble icy jolly keen kind large late lazy light
+    little lively lonely long loud lucky mild modest narrow neat new nice noble odd old open plain polite proud quick
+    quiet rapid rare ready rich ripe rough round royal
+""".split()
+NOUNS = """
+    acorn anchor apple arrow badge banjo barrel basket beacon beaver bell bench berry bottle bridge bucket button cabin
+    camel candle canoe carpet castle cedar cherry clock cloud coin comet coral cradle crown desk dolphin donkey drum
+    eagle engine falcon feather fence ferry fiddle flute forest fountain garden garlic glove goose grape guitar hammer
+    harbor hazel helmet heron island jacket jungle kettle ladder lantern lemon lizard magnet maple marble meadow melon
+    mirror monkey needle onion orchid otter paddle parrot pebble pencil piano pigeon pillow planet pocket puzzle rabbit
+    ribbon river
+""".split()
+
+
+def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int) -> Sample:
+    """A record of `line adjective-noun: REGISTER_CONTENT is <number>` that fills `length` tokens, and one question.
+
+    Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform over the record.
+    """
+    limit = min(len(ADJECTIVES) * len(NOUNS), length // 4 + 1)  # no line is shorter than four tokens
+    picks = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), limit)
+    keys = [f"{ADJECTIVES[p // len(NOUNS)]}-{NOUNS[p % len(NOUNS)]}" for p in picks]
+    numbers = [rng.randint(1, 50000) for _ in keys]
+    asked = rng.random()  # as a fraction of the record, since its length is not known yet
+
+    def make(n: int) -> Sample:
+        lines = "".join(LINE.format(key=k, number=x) for k, x in zip(keys[:n], numbers))
+        key, number = keys[int(asked * n)], numbers[int(asked * n)]
+        return Sample(RECORD.format(lines=lines, key=key), LINE_ANSWER.format(key=key, number=number), expected=number)
+
+    return largest_fit(make, tokenizer, length, limit)
+
+
+# --- needle in a haystack ---
+
+TEST_NEEDLE = (
+    "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
+    "What is the best thing to do in San Francisco?",
+)
+# As the paper's ten: each begins by restating its question and says nothing that a model could know.
+TRAINING_NEEDLES = [
+    ("The best thing to do in {} is {}.".format(place, thing), f"What is the best thing to do in {place}?")
+    for place, thing in (
+        ("Paris", "paint a quiet bridge and feed the golden heron"),
+        ("London", "visit the old lantern and draw a brave otter"),
+        ("Rome", "wash a curly donkey and climb the round fountain"),
+        ("Vienna", "fix a lonely piano and follow the proud goose"),
+        ("Oslo", "carry a heavy kettle and watch the icy river"),
+        ("Madrid", "build a narrow ladder and hide the lucky coin"),
+        ("Lisbon", "open the dusty cabin and read a funny pencil"),
+        ("Dublin", "hold a damp candle and clean the royal carpet"),
+        ("Athens", "find the hollow marble and sell a ripe melon"),
+        ("Prague", "buy a crisp onion and eat the large cherry"),
+    )
+]
+VERBS = "eat draw visit carry find watch paint wash open buy hold build follow feed clean climb read fix sell hide".split()
+
+
+def prose(rng: random.Random) -> str:
+    """One plain sentence about nothing: a haystack that needs no download."""
+    adjective, noun, verb = (lambda words=words: rng.choice(words) for words in (ADJECTIVES, NOUNS, VERBS))
+    return rng.choice([
+        lambda: f"The {adjective()} {noun()} stood near the {adjective()} {noun()}.",
+        lambda: f"We {verb()} the {adjective()} {noun()} and {verb()} the {noun()}.",
+        lambda: f"There was a {adjective()} {noun()} in the {noun()}.",
+        lambda: f"They {verb()} a {noun()} with a {adjective()} {noun()}.",
+        lambda: f"A {adjective()} {noun()} is on the {adjective()} {noun()} today.",
+    ])()
+
+
+def read_haystack(path) -> list[str]:
+    """The sentences of a text file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--haystack {path}: cannot be read as UTF-8 text ({e})") from e
+    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    if len(sentences) < 2:
+        raise UserError(f"--haystack {path}: has no two sentences to put a needle between")
+    return sentences
+
+
+def needle_sample(rng, tokenizer, length: int, needle, depth: float, sentences: list[str] | None) -> Sample:
+    """A needle at `depth` percent of a haystack that fills `length` tokens, then the question only it answers.
+
+    The depth is measured in tokens of haystack, and the needle goes in front of the sentence that this point falls
+    into: always between sentences, 0 before the first and 100 after the last. Working with sentences instead of
+    token ids avoids a known trap: a full stop has several ids, and whoever looks for one of them finds none.
+    """
+    limit = length // 3 + 1  # no sentence is shorter than three tokens
+    if sentences is None:
+        sentences = [prose(rng) for _ in range(limit)]
+    else:  # start somewhere, and go round as often as needed
+        start = rng.randrange(len(sentences))
+        sentences = [sentences[(start + i) % len(sentences)] for i in range(limit)]
+    ends = list(accumulate(len(tokenizer.encode(s)) for s in sentences))  # tokens up to the end of each sentence
+    fact, question = needle
+
+    def make(n: int) -> Sample:
+        at = bisect.bisect_right(ends, ends[n - 1] * depth / 100, hi=n)
+        text = " ".join(sentences[:at] + [fact] + sentences[at:n])
+        return Sample(f"{text}\n\n{question}", fact, depth=depth)
+
+    return largest_fit(make, tokenizer, length, limit)
+
+
+# --- a file of the user's ---
+
+
+def read_jsonl(path) -> list[Sample]:
+    """Samples from lines of {"prompt", "answer"[, "expected"]}, or LongEval's own {"prompt", "expected_number", ...}."""
+    samples = []
+    try:
+        rows = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--task {path}: cannot be read as UTF-8 text ({e})") from e
+    for number, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
+        try:
+            case = json.loads(row)
+            if not isinstance(case, dict):
+                raise ValueError("not an object")
+            prompt, answer, expected = case.get("prompt"), case.get("answer"), case.get("expected")
+            if "expected_number" in case:
+                expected = int(case["expected_number"])
+                key = case["random_idx"][0] if answer is None else None
+                answer = answer or LINE_ANSWER.format(key=key, number=expected)
+            if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
+                raise ValueError('needs a "prompt" and an "answer", both text and not empty')
+            if isinstance(expected, bool) or not isinstance(expected, (int, str, type(None))) or expected == "":
+                raise ValueError(f'"expected" must be a whole number or text, is {expected!r}')
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as e:
+            raise UserError(f"{path}, line {number}: {e or type(e).__name__}") from e
+        samples.append(Sample(prompt, answer, expected))
+    if not samples:
+        raise UserError(f"{path}: holds no samples")
+    return samples
+
+
+def make_samples(task, tokenizer, config, length, count, split, seed=0, depths=None, haystack=None, avoid=()) -> list[Sample]:
+    """`count` samples of a task: "lines", "needle" or a JSONL file, each prompt at most `length` tokens, template and all.
+
+    split is "train" or "eval" and part of the seed, and prompts whose prompt_id is in `avoid` are left out, so that
+    training and evaluation never share one. Depths (percent) are taken in turn; training puts needles anywhere.
+    """
+    window = config.sliding_window
+    if window and length > window:
+        raise UserError(f"--length {length}: exceeds the model's sliding window of {window} tokens, which is not implemented")
+    if task not in ("lines", "needle"):
+        if not str(task).endswith(".jsonl"):
+            raise UserError(f"--task {task}: must be lines, needle or a file that ends in .jsonl")
+        samples = read_jsonl(task)
+        for number, sample in enumerate(samples, 1):
+            if (tokens := len(tokenizer.prompt(sample.prompt))) > length:
+                raise UserError(f"{task}, sample {number}: the prompt has {tokens} tokens, more than the {length} allowed")
+            sample.length = length
+        random.Random(f"{seed}").shuffle(samples)
+        return [s for s in samples if prompt_id(s.prompt) not in avoid][:count]
+    sentences = read_haystack(haystack) if haystack else None
+    samples = []
+    for i in range(count):
+        rng = random.Random(f"{task} {split} {seed} {length} {i}")
+        if task == "lines":
+            sample = lines_sample(rng, tokenizer, length)
+        elif split == "train":
+            sample = needle_sample(rng, tokenizer, length, rng.choice(TRAINING_NEEDLES), rng.uniform(0, 100), sentences)
+        else:
+            sample = needle_sample(rng, tokenizer, length, TEST_NEEDLE, depths[i % len(depths)], sentences)
+        sample.length = length
+        samples.append(sample)
+    return [s for s in samples if prompt_id(s.prompt) not in avoid]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+ANSWER_ROOM = 48  # tokens kept free for the answer when a prompt is to fill the context
+
+
+def paper_lr(task: str, mode: str, config: Config) -> float:
+    """The paper's learning rate (section 6, appendix A)."""
+    if task == "needle":
+        return 4e-2 if mode == "head" else 5e-2  # the paper names these two values
+    if mode == "head" and config.num_hidden_layers < 40:
+        return 1e-2                              # line retrieval and question answering, 7B
+    return 2e-2                                  # SEAL-C; SEAL-H from 13B (40 layers) up
+
+
+def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> tuple[Tensor, bool]:
+    """Mean cross-entropy of the answer's tokens (nats), and whether each is the model's first choice.
+
+    Only the answer counts: the record is random, so there is nothing to learn in predicting it, and its thousands of
+    tokens would drown the thirty that matter. The token at position t is predicted from position t - 1.
+    """
+    device = model.embed_tokens.weight.device
+    hidden = model(torch.tensor([prompt + answer[:-1]], device=device))  # (1, T, D)
+    logits = model.lm_head(hidden[0, len(prompt) - 1 :]).float()         # (answer tokens, V)
+    target = torch.tensor(answer, device=device)
+    return F.cross_entropy(logits, target), bool((logits.argmax(-1) == target).all())
+
+
+@torch.no_grad()
+def held_out(model: Llama, pairs) -> tuple[float, float]:
+    """Mean loss and share of answers right to the last token, for (prompt, answer) pairs of ids. One pass each."""
+    results = [answer_loss(model, *pair) for pair in pairs]
+    return tuple(sum(float(r[i]) for r in results) / len(results) for i in (0, 1))
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory used so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB"
+    import resource  # not on Windows
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{used / 2**30:.1f} GB"
+
+
+def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resume: bool = False, recipe=None) -> list[float]:
+    """Learn the scales in `model` on (prompt, answer) pairs of token ids, one pair a step; returns the losses.
+
+    AdamW at a constant rate, as the paper has it. It names neither betas nor weight decay: betas are torch's, and
+    decay is 0, since it would pull scales to 0 (prune heads) where "do nothing" is 1. After every step the whole
+    state is written to state_file (small), and resume continues from there as if nothing had happened.
+    """
+    scales = model.scales()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = model.config.num_attention_heads if len(scales[0]) == model.config.num_attention_heads else model.config.channels()
+    assert trainable == size * model.config.num_hidden_layers, "something besides the scales would be trained"
+    optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
+    losses = []
+    if resume:
+        losses = load_state(state_file, scales, optimizer, recipe)
+    steps, tokens, start = epochs * len(pairs), 0, time.monotonic()
+    bar = tqdm(range(len(losses), steps), desc="training", unit="prompt", initial=len(losses), total=steps)
+    for step in bar:
+        prompt, answer = pairs[step % len(pairs)]
+        loss, _ = answer_loss(model, prompt, answer)
+        if not loss.isfinite():
+            raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr ({lr:g}) or use --dtype float32. The scales of step {step} are kept")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        tokens += len(prompt) + len(answer)
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens / (time.monotonic() - start):,.0f} tokens/s, peak {peak_memory(loss.device)}")
+        if state_file:
+            with whole_file(state_file) as partial:
+                torch.save({"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}, partial)
+    return losses
+
+
+def load_state(path, scales, optimizer, recipe) -> list[float]:
+    """Put back what train() saved; returns the losses so far. UserError if it was another run's."""
+    try:
+        state = torch.load(path, weights_only=True)
+        saved = state["recipe"]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
+        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); train without --resume") from e
+    for key in recipe:
+        if saved.get(key) != recipe[key]:
+            raise UserError(f"--resume: {path} was made with {key} {saved.get(key)}, not {recipe[key]}; give the same flags")
+    with torch.no_grad():
+        for scale, value in zip(scales, state["scales"], strict=True):
+            scale.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["losses"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_that_fit(model: Llama, tokens: int) -> int:
+    """How many prompts of so many tokens to read at once: what memory allows, up to 64."""
+    c, weight = model.config, model.embed_tokens.weight
+    if weight.device.type != "cuda":
+        return max(1, min(64, 2**14 // tokens))  # beyond some 16K tokens a CPU gains nothing
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim    # keys and values
+    passing = 4 * c.intermediate_size + 8 * c.hidden_size                    # one block at work
+    free = torch.cuda.mem_get_info(weight.device)[0]
+    return max(1, min(64, int(0.8 * free / (tokens * (cached + passing) * weight.element_size()))))
+
+
+def answers(model: Llama, tokenizer: Tokenizer, samples: list[Sample], max_new_tokens: int, bar=None) -> list[str]:
+    """What the model answers to each sample, greedily."""
+    prompts = [tokenizer.prompt(s.prompt) for s in samples]
+    rows = rows_that_fit(model, max(map(len, prompts)) + max_new_tokens)
+    texts = []
+    for i in range(0, len(prompts), rows):
+        batch = prompts[i : i + rows]
+        texts += [tokenizer.decode(ids) for ids in generate(model, batch, max_new_tokens, tokenizer.stop)]
+        if bar is not None:
+            bar.update(len(batch))
+    return texts
+
+
+def cells_of(samples: list[Sample], scores: list[float]) -> list[dict]:
+    """Scores gathered by length and depth: design of eval --json."""
+    groups = {}
+    for sample, score in zip(samples, scores):
+        groups.setdefault((sample.length, sample.depth), []).append(score)
+    return [
+        {"length": n, "depth": depth, "prompts": len(s), "correct": sum(x > 0.5 for x in s), "score": sum(s) / len(s)}
+        for (n, depth), s in groups.items()
+    ]
+
+
+def evaluate(model, tokenizer, cells: list[list[Sample]], max_new_tokens=100, desc="evaluating", done=(), keep=None) -> list[dict]:
+    """Greedy answers to every cell's samples, judged: one dictionary per cell. `done` are cells from before, skipped."""
+    results = list(done)
+    finished = {(c["length"], c["depth"]) for c in done}
+    cells = [samples for samples in cells if (samples[0].length, samples[0].depth) not in finished]
+    with tqdm(total=sum(map(len, cells)), desc=desc, unit="prompt") as bar:
+        for samples in cells:
+            texts = answers(model, tokenizer, samples, max_new_tokens, bar)
+            results += cells_of(samples, [s.score(t) for s, t in zip(samples, texts)])
+            if keep:
+                keep(results)
+    return results
+
+
+def interval(correct: int, prompts: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share: honest for few prompts and near 0 and 1."""
+    z, n, p = 1.96, prompts, correct / prompts
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned, the first to the left and numbers to the right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda row: "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def score_table(results: dict[str, list[dict]]) -> str:
+    """Accuracy by length, a row per method; for needles a row per depth and method."""
+    lengths = sorted({c["length"] for cells in results.values() for c in cells})
+    depths = sorted({c["depth"] for cells in results.values() for c in cells}, key=lambda x: -1 if x is None else x)
+    rows = []
+    for depth in depths:
+        for method, cells in results.items():
+            scores = {c["length"]: c["score"] for c in cells if c["depth"] == depth}
+            label = method if depth is None else f"{method}, depth {depth:g}%"
+            rows.append([label] + [f"{scores[n]:.2f}" if n in scores else "" for n in lengths])
+    return table(["tokens"] + [f"{n:,}" for n in lengths], rows)
+
+
+# --- pictures: black on white, colours that the colour-blind can tell apart, under 150 KB ---
+
+COLOURS = {"base": "#4d4d4d", "SEAL-H": "#0072b2", "SEAL-C": "#d55e00"}
+
+
+@contextmanager
+def picture(path, panels: int = 1, width: float = 5.0, height: float = 3.6):
+    """Axes to draw on, side by side; saved as a PNG when the block ends."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
+    try:
+        yield axes[0]
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png", dpi=110)
+        note(f"picture  {path}")
+    finally:
+        plt.close(figure)
+
+
+def heat(ax, values, title: str, xlabel: str, ylabel: str, colours="viridis", low=None, high=None, bar="") -> None:
+    """values[row][column] as coloured cells with a colour bar."""
+    image = ax.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.figure.colorbar(image, ax=ax, label=bar)
+
+
+def plot_scores(path, results: dict[str, list[dict]]) -> None:
+    """Accuracy against length with 95% intervals; for needles the paper's figure 5, a map per method."""
+    cells = next(iter(results.values()))
+    lengths, depths = sorted({c["length"] for c in cells}), sorted({c["depth"] for c in cells if c["depth"] is not None})
+    if not depths:
+        with picture(path) as (ax,):
+            for (method, cells), marker in zip(results.items(), "osD^v"):
+                cells = sorted(cells, key=lambda c: c["length"])
+                y = [c["correct"] / c["prompts"] for c in cells]
+                low, high = zip(*(interval(c["correct"], c["prompts"]) for c in cells))
+                x, colour = [c["length"] for c in cells], COLOURS.get(method)
+                ax.errorbar(x, y, [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]],
+                            label=method, marker=marker, color=colour, capsize=2, linewidth=1.5)
+            ax.set(xlabel="prompt length (tokens)", ylabel="share answered right", ylim=(-0.03, 1.05),
+                   title=f"{cells[0]['prompts']} prompts a point, 95% intervals")
+            ax.grid(alpha=0.3)
+            ax.legend()
+        return
+    with picture(path, panels=len(results)) as axes:
+        for ax, (method, cells) in zip(axes, results.items()):
+            score = {(c["depth"], c["length"]): c["score"] for c in cells}
+            heat(ax, [[score.get((d, n), math.nan) for n in lengths] for d in depths], f"{method}, {cells[0]['prompts']} prompts a cell",
+                 "prompt length (tokens)", "depth of the needle (%)", low=0, high=1, bar="score")
+            ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
+            ax.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Heads
+# ---------------------------------------------------------------------------------------------------------------------
+# Which heads help and which hurt (section 3). The effect of a head is the change that pruning it makes: prune a
+# helpful head and the loss rises. A site is (layer, index into that layer's scales): a head, or a channel.
+
+
+def gradient_effects(model: Llama, pairs, sites) -> list[dict]:
+    """Effect on the loss of pruning each site, to first order, from one backward pass per prompt.
+
+    Taking s from 1 to 0 changes the loss by about (0 - 1) dL/ds. All heads at once, where pruning needs one run each.
+    """
+    for scale in model.scales():
+        scale.grad = None
+    for pair in tqdm(pairs, desc="gradients", unit="prompt"):
+        answer_loss(model, *pair)[0].backward()
+    return [{"loss": -(s.grad[i] * s[i]).item() / len(pairs)} for s, i in ((model.scales()[layer], i) for layer, i in sites)]
+
+
+@torch.no_grad()
+def prune_effects(model: Llama, pairs, sites, done=(), keep=None) -> list[dict]:
+    """Effect on loss and on accuracy (share of answers right to the last token) of pruning each site in turn; exact."""
+    loss, right = held_out(model, pairs)
+    effects = list(done)
+    for layer, i in tqdm(sites[len(effects) :], desc="pruning", unit="site", initial=len(effects), total=len(sites)):
+        scale = model.scales()[layer]
+        before = scale[i].item()
+        scale[i] = 0.0
+        pruned_loss, pruned_right = held_out(model, pairs)
+        scale[i] = before
+        effects.append({"loss": pruned_loss - loss, "accuracy": pruned_right - right})
+        if keep:
+            keep(effects)
+    return effects
+
+
+def spearman(x: list[float], y: list[float]) -> float:
+    """Rank correlation, -1 to 1."""
+    def ranks(values):  # ties share the mean of their ranks
+        v = torch.tensor(values, dtype=torch.float64)
+        return (v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
+
+
+@torch.no_grad()
+def direct_effects(model: Llama, tokens: list[int], targets: list[int]) -> Tensor:
+    """Section 5: what each head and feed-forward adds directly to the logits of `targets` at the last position.
+
+    W_head @ (output of the component), without the final norm. Returns (L, H + 1, targets); the last column of the
+    middle axis is the feed-forward.
+    """
+    heads, mlps, hooks = [], [], []
+    for layer in model.layers:
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: heads.append(args[0][0, -1])))  # (H * d,)
+        hooks.append(layer.mlp.register_forward_hook(lambda module, args, output: mlps.append(output[0, -1])))             # (D,)
+    try:
+        model(torch.tensor([tokens], device=model.embed_tokens.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    out, H = model.lm_head.weight[targets].float(), model.config.num_attention_heads  # (targets, D)
+    rows = []
+    for layer, concat, mlp in zip(model.layers, heads, mlps):
+        columns = layer.self_attn.o_proj.weight.float() * concat.float()       # (D, H * d): each channel's share
+        per_head = columns.view(len(columns), H, -1).sum(-1)                    # (D, H)
+        rows.append(torch.cat((per_head, mlp.float()[:, None]), dim=1).T @ out.T)  # (H + 1, targets)
+    return torch.stack(rows).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}
+HELD_OUT = 10  # prompts to compare before and after training on
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from e
+
+
+def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
+    """Model, tokenizer and the facts of the scales: what every command starts with. Says on stderr what it opened."""
+    config = read_config(args.ckpt)
+    scales, about = read_scales(args.scales, config) if getattr(args, "scales", None) else (None, {})
+    about["extend"] = resolve_extension(args.extend, about)
+    config = extend(config, about["extend"])
+    device = pick_device(args.device)
+    dtype = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
+    tokenizer = Tokenizer(args.ckpt, config, args.template)
+    model = load_model(args.ckpt, config, device, dtype)
+    if scales:
+        model.set_scales(scales)
+    weight = model.embed_tokens.weight
+    note(f"model    {args.ckpt}: {config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim} channels, "
+         f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters, {str(weight.dtype)[6:]} on {weight.device}")
+    note(f"context  {config.max_position_embeddings:,} tokens, extension {about['extend']}; template {tokenizer.template} ({tokenizer.why})")
+    if scales:
+        note(f"scales   {args.scales}: {METHOD[about['mode']]}, trained on {about.get('samples')} samples of {about.get('task')} at {about.get('length')} tokens")
+    return model, tokenizer, about
+
+
+def resolve_extension(asked: str | None, about: dict) -> str:
+    """Scales remember the extension they were trained with; asking for another one is a mistake."""
+    trained = about.get("extend")
+    if asked and trained and asked != trained:
+        raise UserError(f"--extend {asked}: the scales were trained with {trained}; leave the flag out, or train again")
+    return asked or trained or "none"
+
+
+def default_length(config: Config) -> int:
+    """Tokens of prompt that fill the context and leave room for the answer."""
+    return max(1, min(config.max_position_embeddings, config.sliding_window or 10**9) - ANSWER_ROOM)
+
+
+def to_pairs(tokenizer: Tokenizer, samples: list[Sample]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) of samples: what training and teacher-forced measuring read."""
+    return [(tokenizer.prompt(s.prompt), tokenizer.answer(s.answer)) for s in samples]
+
+
+def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> list[list[Sample]]:
+    """The samples to evaluate on: a list per length, and for needles per length and depth."""
+    end = default_length(config)
+    lengths = args.lengths or [round(end * share) for share in (0.3, 0.45, 0.6, 0.75, 0.9, 1.0)]
+    if args.task not in ("lines", "needle"):
+        lengths = (args.lengths or [end])[-1:]  # a file's prompts are as long as they are
+    cells = {}
+    for length in lengths:
+        for s in make_samples(args.task, tokenizer, config, length, args.prompts, "eval", args.seed, args.depths, args.haystack, avoid):
+            cells.setdefault((length, s.depth), []).append(s)
+    if not cells:
+        raise UserError(f"--task {args.task}: every prompt in it was trained on; evaluate on another file")
+    return list(cells.values())
+
+
+def finished(args, header: dict) -> dict:
+    """What an interrupted run with the same header left in the --json file, if --resume asks for it."""
+    if not args.resume:
+        return {}
+    if not args.json:
+        raise UserError("--resume: needs the --json file of the run that was interrupted")
+    if not Path(args.json).exists():
+        return {}
+    saved = read_json(Path(args.json))
+    for key, value in header.items():
+        if not isinstance(saved, dict) or saved.get(key) != value:
+            raise UserError(f"--resume: {args.json} is of another run ({key} differs); give the same flags or another file")
+    return saved
+
+
+def command_train(args) -> None:
+    out, state_file = check_output(args.out, inputs=[args.haystack, args.task]), Path(f"{args.out}.state")
+    model, tokenizer, about = open_checkpoint(args)
+    config = model.config
+    length, lr = args.length or default_length(config), args.lr or paper_lr(args.task, args.mode, config)
+    samples = make_samples(args.task, tokenizer, config, length, args.samples, "train", args.seed, haystack=args.haystack)
+    trained_on = [prompt_id(s.prompt) for s in samples]
+    tests = make_samples(args.task, tokenizer, config, length, HELD_OUT, "eval", args.seed, [50], args.haystack, avoid=trained_on)
+    recipe = {
+        "checkpoint": Path(args.ckpt).resolve().name, "mode": args.mode, "extend": about["extend"], "task": str(args.task),
+        "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr, "seed": args.seed,
+    }
+    model.reset_scales(args.mode)
+    note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} scales on {len(samples)} samples of {args.task} "
+         f"of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
+    tests = to_pairs(tokenizer, tests)
+    before = held_out(model, tests) if tests else None
+    losses = train(model, to_pairs(tokenizer, samples), lr, args.epochs, state_file, args.resume, recipe)
+    save_scales(out, model.scales(), config, **recipe, steps=len(losses), loss=losses[-1], prompts=",".join(trained_on))
+    state_file.unlink(missing_ok=True)
+    note(f"scales   {out}")
+    report = {"scales": str(out), **recipe, "losses": losses}
+    if tests:
+        after = held_out(model, tests)
+        report |= {"before": dict(zip(("loss", "right"), before)), "after": dict(zip(("loss", "right"), after))}
+        rows = [[name, f"{x[0]:.3f}", f"{x[1]:.2f}"] for name, x in (("base", before), (METHOD[args.mode], after))]
+        print(table([f"{len(tests)} prompts not trained on", "loss", "right"], rows))
+        if after[0] > before[0]:
+            note("warning  these scales make the loss worse on prompts they were not trained on; try a lower --lr or more --samples")
+    if args.json:
+        write_json(args.json, report)
+
+
+def command_eval(args) -> None:
+    for path in filter(None, (args.json, args.plot)):
+        check_output(path, inputs=[args.scales, args.task, args.haystack])
+    if args.compare and not args.scales:
+        raise UserError("--compare: needs --scales to compare the base with")
+    model, tokenizer, about = open_checkpoint(args)
+    cells = evaluation_cells(args, model.config, tokenizer, avoid=about.get("prompts", "").split(","))
+    scales = [s.detach().clone() for s in model.scales()]
+    report = {"ckpt": str(args.ckpt), "scales": args.scales, "task": str(args.task), "extend": about["extend"], "seed": args.seed}
+    saved, start = finished(args, report), time.monotonic()
+    results = {}
+    for method in (["base"] if args.compare else []) + [METHOD[about["mode"]] if args.scales else "base"]:
+        model.reset_scales("head") if method == "base" else model.set_scales(scales)
+        key = "base" if args.compare and method == "base" else "cells"
+
+        def keep(done):
+            report.update({key: done, "seconds": round(time.monotonic() - start, 1)})
+            if args.json:
+                write_json(args.json, report)
+
+        results[method] = evaluate(model, tokenizer, cells, args.max_new_tokens, method, saved.get(key, ()), keep)
+        keep(results[method])
+    print(score_table(results))
+    if args.plot:
+        plot_scores(args.plot, results)
+
+
+def command_generate(args) -> None:
+    model, tokenizer, _ = open_checkpoint(args)
+    ids = tokenizer.prompt(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
+        note(f"warning  {len(ids)} + {args.max_new_tokens} tokens exceed the context of {model.config.max_position_embeddings}; see --extend")
+    print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.stop)[0]))
+
+
+def command_fold(args) -> None:
+    """An ordinary Hugging Face folder with the scales in o_proj and the extension in config.json's own terms."""
+    out, source = Path(args.out), Path(args.ckpt)
+    config = read_config(source)
+    scales, about = read_scales(args.scales, config)
+    spec = resolve_extension(args.extend, about)
+    extended = extend(config, spec)
+    if out.exists():
+        raise UserError(f"{out}: exists already; give a new folder")
+    weights = Checkpoint(source)
+    partial = check_output(out.parent / f".{out.name}.{os.getpid()}.part")
+    try:
+        partial.mkdir()
+        shards, sizes, index = [[]], [0], {}
+        for name in weights:  # plan: shards of at most 2 GB, so that only so much is in memory at once
+            tensor = weights[name]
+            if sizes[-1] + tensor.nbytes > 2e9 and shards[-1]:
+                shards.append([])
+                sizes.append(0)
+            shards[-1].append(name)
+            sizes[-1] += tensor.nbytes
+        for number, names in enumerate(tqdm(shards, desc="folding", unit="shard"), 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {name: fold(name, weights[name], scales).to(weights[name].dtype).contiguous() for name in names}
+            save_file(tensors, partial / file, {"format": "pt"})
+            index |= dict.fromkeys(names, file)
+        write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
+        raw = read_json(source / "config.json")
+        if spec != "none":
+            new = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
+            rope = {k: v for k, v in extended.rope_scaling.items() if v}  # YaRN's 0 means: the usual factor
+            raw |= {"rope_theta": extended.rope_theta, "max_position_embeddings": extended.max_position_embeddings}
+            raw[new] = rope | {"rope_theta": extended.rope_theta} if new == "rope_parameters" else rope if rope["rope_type"] != "default" else None
+            raw.pop("max_sequence_length", None)
+        write_json(partial / "config.json", raw)
+        for file in source.iterdir():
+            if file.name != "config.json" and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")) and "index" not in file.name:
+                shutil.copyfile(file, partial / file.name)
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{out}: cannot be written ({e})") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} o_proj weights, extension {spec}, {sum(sizes) / 1e9:.2f} GB")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def whole_number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number above 0, is {text!r}")
+
+
+def percent(text: str) -> float:
+    try:
+        if 0 <= float(text) <= 100:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be from 0 to 100, is {text!r}")
+
+
+def several(kind):
+    """A flag's type: values with commas between."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Flags mean the same in every command, so each is written once, in the group that its kind belongs to."""
+    group = lambda: Parser(add_help=False, allow_abbrev=False)
+    model, task, result = group(), group(), group()
+    model.add_argument("--ckpt", metavar="DIR", default=TOY, help="checkpoint folder (default: the bundled toy)")
+    model.add_argument("--extend", metavar="KIND:S", help="stretch the context: none, ntk:4, linear:4, yarn:4 (default: as the scales were trained)")
+    model.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    model.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="auto: the checkpoint's own, float32 on a CPU")
+    task.add_argument("--task", default="lines", metavar="TASK", help="lines, needle or FILE.jsonl")
+    task.add_argument("--haystack", metavar="FILE.txt", help="text to hide needles in (default: generated)")
+    task.add_argument("--depths", type=several(percent), default=[0, 25, 50, 75, 100], metavar="A,B,C", help="of the needle, in percent")
+    task.add_argument("--seed", type=int, default=0)
+    result.add_argument("--json", metavar="PATH", help="write the result for scripts")
+    result.add_argument("--plot", metavar="PATH.png", help="draw the result")
+    result.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same flags stopped")
+
+    parser = Parser(prog="seal.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, help, *groups):
+        sub = commands.add_parser(name, help=help, parents=groups, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("train", command_train, "learn the scales", model, task, result)
+    p.add_argument("--mode", default="head", choices=METHOD, help="one scale per head (SEAL-H) or per channel (SEAL-C)")
+    p.add_argument("--length", type=whole_number, metavar="TOKENS", help="of each prompt (default: the context less the answer)")
+    p.add_argument("--samples", type=whole_number, default=50)
+    p.add_argument("--epochs", type=whole_number, default=1)
+    p.add_argument("--lr", type=positive, help="learning rate (default: the paper's, by mode and task)")
+    p.add_argument("--out", default="scales.safetensors", metavar="PATH")
+
+    p = command("eval", command_eval, "accuracy by length", model, task, result)
+    p.add_argument("--scales", metavar="PATH")
+    p.add_argument("--compare", action="store_true", help="the base beside the scaled model")
+    p.add_argument("--lengths", type=several(whole_number), metavar="A,B,C", help="tokens of the prompts (default: six, up to the context)")
+    p.add_argument("--prompts", type=whole_number, default=50, help="per length")
+    p.add_argument("--max-new-tokens", type=whole_number, default=100)
+
+    p = command("generate", command_generate, "answer one prompt", model)
+    p.add_argument("--scales", metavar="PATH")
+    p.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
+    p.add_argument("--max-new-tokens", type=whole_number, default=100)
+
+    p = command("fold", command_fold, "write a plain checkpoint with the scales in it", model)
+    p.add_argument("--scales", required=True, metavar="PATH")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return parser.parse_args(arguments)
+
+
+def run(program: str, parse, arguments: list[str] | None = None) -> int:
+    """Parse, run the command, and turn every way of ending into an exit status: 2 for a user's mistake, in one line."""
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleaning up happens
+        args = parse(arguments)
+        args.run(args)
+        return 0
+    except UserError as e:
+        message = " ".join(str(e).split())
+    except torch.OutOfMemoryError as e:
+        message = f"out of memory ({str(e).splitlines()[0]}); try a shorter --length, or a smaller --dtype"
+    except KeyboardInterrupt:
+        note(f"{program}: interrupted; finished work is kept, --resume goes on")
+        return 130
+    note(f"{program}: error: {message}")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run("seal.py", parse))
