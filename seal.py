@@ -59,7 +59,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -71,7 +71,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -329,6 +328,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # Modules carry the names of Hugging Face's checkpoints (less the leading "model."), so loading is a dictionary walk.
 
 
+CHUNK = 4096  # tokens that go through a feed-forward at once
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension, computed in float32."""
 
@@ -397,17 +399,55 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def attend(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+
+    def feed(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
+        x = self.attend(x, rope, mask, cache)  # (B, T, D): here tokens look at each other
+        return torch.cat([self.feed(part) for part in x.split(CHUNK, dim=1)], dim=1)  # here each is on its own
+
+
+class Recompute(torch.autograd.Function):
+    """A block of a frozen model that keeps nothing but its input for the way back.
+
+    Going back it computes the block a second time, now with a graph, and asks for just two gradients: the input's and
+    the scale's. The inside of the feed-forward, several times wider than the stream, is never whole in memory: each
+    chunk of the sequence goes forward and back before the next. So a prompt costs one (T, D) tensor per block, plus
+    the inside of a single attention.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope) -> Tensor:
+        ctx.block, ctx.rope = block, rope
+        ctx.save_for_backward(x)
+        return block(x, rope)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,), block = ctx.saved_tensors, ctx.block
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(ctx.needs_input_grad[0])  # the first block's input leads to nothing trained
+            middle = block.attend(x, ctx.rope)                      # (B, T, D)
+            parts = []
+            for part, grad_part in zip(middle.detach().split(CHUNK, dim=1), grad.split(CHUNK, dim=1)):
+                part.requires_grad_()
+                parts += torch.autograd.grad(block.feed(part), part, grad_part)
+            wanted = [x, block.self_attn.scale] if x.requires_grad else [block.self_attn.scale]
+            grads = torch.autograd.grad(middle, wanted, torch.cat(parts, dim=1))
+        return grads[0] if x.requires_grad else None, grads[-1], None, None
 
 
 class Llama(nn.Module):
-    """Embedding, L blocks, a norm, and the output matrix. `frozen` after loading: only the scales can be trained."""
+    """Embedding, L blocks, a norm, and the output matrix."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.frozen = False   # all but the scales, see set_scales
+        self.offload = False  # keep the blocks' inputs in host memory while training
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -417,11 +457,7 @@ class Llama(nn.Module):
         self.frequencies, self.magnitude = rope_frequencies(config)  # (d/2,) radians per token
 
     def forward(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """tokens (B, T) -> the normalised residual stream (B, T, D); apply lm_head to the positions you need.
-
-        Logits of all positions would be the largest tensor of the whole computation (T x V), and training needs
-        them at some thirty positions, generation at one.
-        """
+        """tokens (B, T) -> the residual stream after the last block (B, T, D); ask logits() for the positions you need."""
         T, config = tokens.shape[1], self.config
         S = T if cache is None else cache.width + T
         if config.sliding_window and S > config.sliding_window:
@@ -435,15 +471,24 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)                            # (B, T, D)
         angles = positions[:, None, :, None] * self.frequencies.to(x.device)  # (B or 1, 1, T, d/2)
         rope = ((angles.cos() * self.magnitude).to(x.dtype), (angles.sin() * self.magnitude).to(x.dtype))
-        for layer in self.layers:
-            if torch.is_grad_enabled():  # keep one (B, T, D) input per block and recompute the rest going back
-                x = checkpoint(layer, x, rope, use_reentrant=False)
-            else:
-                x = layer(x, rope, mask, cache)
+        with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+            for layer in self.layers:
+                if self.frozen and torch.is_grad_enabled():
+                    x = Recompute.apply(x, layer.self_attn.scale, layer, rope)
+                else:
+                    x = layer(x, rope, mask, cache)
         if cache is not None:
             cache.width = S
             cache.lengths = cache.lengths + T
-        return self.norm(x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Residual stream (..., D) -> logits (..., V), float32.
+
+        Of all positions they would be the largest tensor of the whole computation (T x V); training needs them at
+        some thirty, generation at one.
+        """
+        return self.lm_head(self.norm(x)).float()
 
     def scales(self) -> list[nn.Parameter]:
         """The learned numbers, one tensor per layer, (H,) or (H * d,)."""
@@ -452,6 +497,7 @@ class Llama(nn.Module):
     def set_scales(self, scales: list[Tensor]) -> None:
         """Put these scales (float32, one per layer) in, trainable; everything else is frozen."""
         self.requires_grad_(False)
+        self.frozen = True
         for layer, scale in zip(self.layers, scales, strict=True):
             device = layer.self_attn.o_proj.weight.device
             layer.self_attn.scale = nn.Parameter(scale.detach().to(device, torch.float32, copy=True))
@@ -502,7 +548,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
     cache.lengths = lengths
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new_tokens):
-        token = model.lm_head(last).argmax(-1)  # (B,)
+        token = model.logits(last).argmax(-1)  # (B,)
         for row, t in enumerate(token.tolist()):
             if row in running and t in stop:
                 running.remove(row)
@@ -1041,7 +1087,7 @@ def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> tuple[Ten
     """
     device = model.embed_tokens.weight.device
     hidden = model(torch.tensor([prompt + answer[:-1]], device=device))  # (1, T, D)
-    logits = model.lm_head(hidden[0, len(prompt) - 1 :]).float()         # (answer tokens, V)
+    logits = model.logits(hidden[0, len(prompt) - 1 :])                  # (answer tokens, V)
     target = torch.tensor(answer, device=device)
     return F.cross_entropy(logits, target), bool((logits.argmax(-1) == target).all())
 
@@ -1318,6 +1364,81 @@ def direct_effects(model: Llama, tokens: list[int], targets: list[int]) -> Tenso
     return torch.stack(rows).cpu()
 
 
+def effect_report(model: Llama, pairs_by_length: dict, sites, how: list[str], saved: dict, keep) -> dict:
+    """{how: {length: [effect per site]}}, each entry kept as soon as it is there, so that an interrupt loses little."""
+    effects = saved.get("effects", {})
+    for kind in how:
+        for length, pairs in pairs_by_length.items():
+            done = effects.setdefault(kind, {}).get(str(length), [])
+            if len(done) < len(sites) and kind == "gradient":
+                done = gradient_effects(model, pairs, sites)
+            elif len(done) < len(sites):
+                note(f"pruning  {len(sites)} sites at {length:,} tokens, {len(pairs)} prompts each")
+                done = prune_effects(model, pairs, sites, done, lambda part: (effects[kind].update({str(length): part}), keep(effects)))
+            effects[kind][str(length)] = done
+            keep(effects)
+    return effects
+
+
+def gains(effects: dict, kind: str, length) -> list[float]:
+    """What pruning each site gains, positive = pruning helps: accuracy where sites were pruned, minus loss else."""
+    return [e["accuracy"] if kind == "prune" else -e["loss"] for e in effects[kind][str(length)]]
+
+
+def quadrant_scales(model: Llama, sites, x: list[float], y: list[float], low: float, high: float) -> dict[str, list[Tensor]]:
+    """Section 3.2: scale every head that hurts at both lengths (Q1) by `low`, every one that helps at both (Q3) by `high`."""
+    variants = {}
+    for name, q1, q3 in ((f"Q1 x {low:g}", low, 1.0), (f"Q3 x {high:g}", 1.0, high), (f"Q1 x {low:g}, Q3 x {high:g}", low, high)):
+        scales = [torch.ones_like(s.detach()) for s in model.scales()]
+        for (layer, i), a, b in zip(sites, x, y):
+            scales[layer][i] = q1 if a > 0 and b > 0 else q3 if a < 0 and b < 0 else 1.0
+        variants[name] = scales
+    return variants
+
+
+def plot_heads(path, sites, x, y, lengths, unit: str, heads: int, learned: list[Tensor] | None) -> None:
+    """The paper's figure 2 (each head's effect at two lengths), a map of layers x heads, and the learned scales."""
+    layers, whole_model = sorted({layer for layer, _ in sites}), len(sites) % heads == 0 and len({l for l, _ in sites}) > 1
+    with picture(path, panels=2 if learned is None else 4) as axes:
+        axes[0].axhline(0, color="#999999", linewidth=0.8)
+        axes[0].axvline(0, color="#999999", linewidth=0.8)
+        axes[0].scatter(x, y, s=14, color="#0072b2", alpha=0.7)
+        for text, px, py in (("Q1", 0.95, 0.95), ("Q2", 0.05, 0.95), ("Q3", 0.05, 0.05), ("Q4", 0.95, 0.05)):
+            axes[0].text(px, py, text, transform=axes[0].transAxes, ha="center", va="center", color="#666666")
+        for i in sorted(range(len(sites)), key=lambda i: y[i])[:2] + sorted(range(len(sites)), key=lambda i: -y[i])[:2]:
+            axes[0].annotate(site_name(sites[i]), (x[i], y[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
+        axes[0].set(title="pruning one at a time; right and up: helps", xlabel=f"{unit} at {lengths[0]:,} tokens", ylabel=f"{unit} at {lengths[-1]:,} tokens")
+        if whole_model:
+            limit = max(map(abs, y)) or 1.0
+            heat(axes[1], torch.tensor(y).view(len(layers), -1).tolist(), f"red: pruning helps, blue: it hurts ({lengths[-1]:,} tokens)",
+                 "head", "layer", "RdBu_r", -limit, limit, unit)
+        else:
+            axes[1].bar(range(len(y)), y, color="#0072b2")
+            axes[1].set(title=f"{lengths[-1]:,} tokens", xlabel=f"channel of {site_name((sites[0][0], sites[0][1] // (len(sites))))}", ylabel=unit)
+        if learned is not None:
+            by_head = torch.stack([s.view(heads, -1).mean(1) for s in learned]).cpu()  # (L, H)
+            limit = (by_head - 1).abs().max().item() or 0.1
+            heat(axes[2], by_head.tolist(), "learned scales" + ("" if learned[0].numel() == heads else ", mean of a head's channels"),
+                 "head", "layer", "RdBu_r", 1 - limit, 1 + limit, "scale")
+            axes[3].hist(torch.cat(learned).cpu().numpy(), bins=40, color="#0072b2")
+            axes[3].axvline(1, color="#999999", linewidth=0.8)
+            axes[3].set(title=f"{sum(s.numel() for s in learned):,} scales", xlabel="scale", ylabel="count")
+
+
+def site_name(site: tuple[int, int]) -> str:
+    return f"L{site[0]}H{site[1]}"
+
+
+def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> None:
+    """Right minus wrong token's logit, added by each head and feed-forward (last column), before and after."""
+    margins = [(effects[..., 0] - effects[..., 1]) for effects in (before, after)]  # (L, H + 1)
+    limit = max(m.abs().max().item() for m in margins)
+    with picture(path, panels=3) as axes:
+        for ax, margin, name in zip(axes, [*margins, margins[1] - margins[0]], ("base", "with scales", "what the scales changed")):
+            heat(ax, margin.tolist(), f"{name}: {margin.sum():+.2f}", "head (last: feed-forward)", "layer", "RdBu", -limit, limit,
+                 f"logit of {right!r} minus {wrong!r}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1465,6 +1586,99 @@ def command_eval(args) -> None:
         plot_scores(args.plot, results)
 
 
+def command_heads(args) -> None:
+    for path in filter(None, (args.json, args.plot)):
+        check_output(path, inputs=[args.scales, args.task, args.haystack])
+    model, tokenizer, about = open_checkpoint(args)
+    config = model.config
+    learned = [s.detach().clone() for s in model.scales()] if args.scales else None
+    if args.direct:
+        return show_direct(args, model, tokenizer, learned)
+    end = default_length(config)
+    lengths = args.lengths or [round(0.9 * end), end]  # the paper's 28K and 31K of 32K
+    make = lambda n: make_samples(args.task, tokenizer, config, n, args.prompts, "heads", args.seed, args.depths, args.haystack)
+    pairs = {n: to_pairs(tokenizer, make(n)) for n in lengths}
+    heads, d = config.num_attention_heads, config.head_dim
+    if args.channels:
+        layer, head = args.channels
+        if layer >= config.num_hidden_layers or head >= heads:
+            raise UserError(f"--channels {layer}.{head}: the model has layers 0..{config.num_hidden_layers - 1} and heads 0..{heads - 1}")
+        sites = [(layer, head * d + c) for c in range(d)]
+    else:
+        sites = [(layer, head) for layer in range(config.num_hidden_layers) for head in range(heads)]
+    model.reset_scales("channel" if args.channels else "head")  # effects are the base model's
+
+    report = {"ckpt": str(args.ckpt), "task": str(args.task), "extend": about["extend"], "seed": args.seed, "prompts": args.prompts,
+              "lengths": lengths, "sites": [list(site) for site in sites]}
+    saved = finished(args, report)
+
+    def keep(effects):
+        report["effects"] = effects
+        if args.json:
+            write_json(args.json, report)
+
+    how = ["gradient", "prune"] if args.how == "both" else [args.how]
+    effects = effect_report(model, pairs, sites, how, saved, keep)
+    x, y = (gains(effects, how[-1], n) for n in (lengths[0], lengths[-1]))
+    unit = "accuracy gained" if how[-1] == "prune" else "loss saved (nats)"
+    loss = gains(effects, "gradient", lengths[-1]) if how == ["gradient"] else [-e["loss"] for e in effects["prune"][str(lengths[-1])]]
+    order = sorted(range(len(sites)), key=lambda i: (y[i], loss[i]))  # equal accuracies are told apart by the loss
+    name = (lambda s: f"channel {s[1] % d}") if args.channels else site_name
+    rows = [[name(sites[a]), f"{x[a]:+.4f}", f"{y[a]:+.4f}", "", name(sites[b]), f"{x[b]:+.4f}", f"{y[b]:+.4f}"]
+            for a, b in zip(order[:10], order[::-1][:10])]
+    at = [f"{n:,}" for n in (lengths[0], lengths[-1])]
+    print(f"{unit} by pruning, {args.prompts} prompts at each of {' and '.join(at)} tokens")
+    print(table(["most helpful", *at, "", "most harmful", *at], rows))
+    if args.how == "both":
+        for n in lengths:
+            pruned = [-e["loss"] for e in effects["prune"][str(n)]]
+            print(f"gradient ranks as pruning does, {n:,} tokens: Spearman {spearman(gains(effects, 'gradient', n), pruned):+.2f}")
+    if learned and not args.channels:
+        by_head = torch.cat([s.view(heads, -1).mean(1) for s in learned]).tolist()
+        print(f"learned scales against what pruning gains, {at[-1]} tokens: Spearman {spearman(by_head, y):+.2f} (negative: harmful heads were turned down)")
+    if args.plot:
+        plot_heads(args.plot, sites, x, y, lengths, unit, heads, learned)
+    if args.quadrants:
+        variants = {"base": [torch.ones_like(s.detach()) for s in model.scales()]} | quadrant_scales(model, sites, x, y, *args.quadrants)
+        args.depths = args.depths[:1] if args.task == "lines" else args.depths
+        cells, results = evaluation_cells(args, config, tokenizer), {}
+        for variant, scales in variants.items():
+            model.set_scales(scales)
+            results[variant] = evaluate(model, tokenizer, cells, args.max_new_tokens, variant)
+        print(score_table(results))
+        report["quadrants"] = results
+    keep(effects)
+
+
+def show_direct(args, model: Llama, tokenizer: Tokenizer, learned: list[Tensor] | None) -> None:
+    """Find a prompt that the base gets wrong and the scales get right, and show which parts made the difference."""
+    if not learned:
+        raise UserError("--direct: needs --scales, to compare the base with")
+    length = (args.lengths or [default_length(model.config)])[-1]
+    ones = [torch.ones_like(s) for s in learned]
+    for sample in make_samples(args.task, tokenizer, model.config, length, args.prompts, "direct", args.seed, args.depths, args.haystack):
+        prompt, answer = tokenizer.prompt(sample.prompt), tokenizer.answer(sample.answer)
+        said = []
+        for scales in (ones, learned):
+            model.set_scales(scales)
+            said.append(generate(model, [prompt], len(answer), {tokenizer.end})[0] + [tokenizer.end])
+        if said[0] != answer and said[1] == answer:
+            break
+    else:
+        raise UserError(f"--direct: none of {args.prompts} prompts is wrong without the scales and right with them; try more --prompts or another --lengths")
+    at = next(i for i, (a, b) in enumerate(zip(said[0], answer)) if a != b)  # the first token that goes wrong
+    effects = []
+    for scales in (ones, learned):
+        model.set_scales(scales)
+        effects.append(direct_effects(model, prompt + answer[:at], [answer[at], said[0][at]]))
+    right, wrong = (tokenizer.decode([t]) for t in (answer[at], said[0][at]))
+    print(f"asked for {sample.answer!r}; the base says {tokenizer.decode(said[0][:-1])!r}")
+    rows = [[name, *(f"{e[..., i].sum():+.2f}" for i in (0, 1)), f"{(e[..., 0] - e[..., 1]).sum():+.2f}"] for name, e in zip(("base", "with scales"), effects)]
+    print(table(["direct effect on the logit", f"right {right!r}", f"wrong {wrong!r}", "difference"], rows))
+    if args.plot:
+        plot_direct(args.plot, *effects, right, wrong)
+
+
 def command_generate(args) -> None:
     model, tokenizer, _ = open_checkpoint(args)
     ids = tokenizer.prompt(sys.stdin.read() if args.prompt == "-" else args.prompt)
@@ -1550,6 +1764,13 @@ def percent(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be from 0 to 100, is {text!r}")
 
 
+def layer_and_head(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be LAYER.HEAD, like 1.18, is {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def several(kind):
     """A flag's type: values with commas between."""
     return lambda text: [kind(part) for part in text.split(",")]
@@ -1593,6 +1814,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--compare", action="store_true", help="the base beside the scaled model")
     p.add_argument("--lengths", type=several(whole_number), metavar="A,B,C", help="tokens of the prompts (default: six, up to the context)")
     p.add_argument("--prompts", type=whole_number, default=50, help="per length")
+    p.add_argument("--max-new-tokens", type=whole_number, default=100)
+
+    p = command("heads", command_heads, "which heads help, which hurt", model, task, result)
+    p.add_argument("--scales", metavar="PATH", help="show learned scales beside the effects")
+    p.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"], help="first order in one backward pass, or exact, one run per head")
+    p.add_argument("--lengths", type=several(whole_number), metavar="A,B", help="two lengths to compare (default: 0.9 of the context and all of it)")
+    p.add_argument("--prompts", type=whole_number, default=50, help="per length")
+    p.add_argument("--channels", type=layer_and_head, metavar="L.H", help="look at the channels inside one head")
+    p.add_argument("--quadrants", type=several(positive), metavar="LOW,HIGH", help="scale harmful and helpful heads so, without training, and evaluate: 0.9,1.1")
+    p.add_argument("--direct", action="store_true", help="direct effect on the logits of a prompt that --scales mend")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
 
     p = command("generate", command_generate, "answer one prompt", model)
