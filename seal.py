@@ -52,10 +52,12 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -655,6 +657,22 @@ def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype 
         model.lm_head.weight = model.embed_tokens.weight
     model.reset_scales("head")
     return model.eval()
+
+
+def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed: int) -> Llama:
+    """A model with random weights, made on the device; norms start at one."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+        else:
+            nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
 
 
 def save_scales(path, scales: list[Tensor], config: Config, **facts) -> None:
@@ -1444,6 +1462,12 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}
+DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = {  # for bench: Llama-2 7B and 13B, and a 1.1B with grouped queries
+    name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), sizes),
+               vocab_size=32000, max_position_embeddings=4096)
+    for name, sizes in {"7b": (4096, 11008, 32, 32, 32, 128), "13b": (5120, 13824, 40, 40, 40, 128), "1b": (2048, 5632, 22, 32, 4, 64)}.items()
+}
 HELD_OUT = 10  # prompts to compare before and after training on
 
 
@@ -1464,9 +1488,8 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
     about["extend"] = resolve_extension(args.extend, about)
     config = extend(config, about["extend"])
     device = pick_device(args.device)
-    dtype = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
     tokenizer = Tokenizer(args.ckpt, config, args.template)
-    model = load_model(args.ckpt, config, device, dtype)
+    model = load_model(args.ckpt, config, device, DTYPES[args.dtype])
     if scales:
         model.set_scales(scales)
     weight = model.embed_tokens.weight
@@ -1539,6 +1562,7 @@ def command_train(args) -> None:
         "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr, "seed": args.seed,
     }
     model.reset_scales(args.mode)
+    model.offload = args.offload
     note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} scales on {len(samples)} samples of {args.task} "
          f"of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
     tests = to_pairs(tokenizer, tests)
@@ -1679,6 +1703,90 @@ def show_direct(args, model: Llama, tokenizer: Tokenizer, learned: list[Tensor] 
         plot_direct(args.plot, *effects, right, wrong)
 
 
+def useful_flop(config: Config, T: int) -> tuple[float, float]:
+    """Floating-point operations of one forward pass, and of one training step, over T tokens; recomputation not counted.
+
+    A weight matrix costs 2 per parameter and token. Causal attention has T^2 / 2 pairs, and q . k and p v cost 2 d each
+    per pair and head: 2 T^2 H d per layer. Going back, frozen weights cost only the gradient of their input (as much
+    as forward), attention four such products for its two. Logits are for a few positions and not counted.
+    """
+    D, H, G, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    matrices = 2 * T * (2 * D * H * d + 2 * D * G * d + 3 * D * config.intermediate_size) * config.num_hidden_layers
+    attention = 2 * T**2 * H * d * config.num_hidden_layers
+    return matrices + attention, 2 * matrices + 3 * attention
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here: what a perfect program could reach."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
+    for _ in range(6):
+        start = clock(device)
+        a @ a
+        best = min(best, clock(device) - start)
+    return 2 * n**3 / best
+
+
+def command_bench(args) -> None:
+    """Time training, reading a prompt, and decoding, on random weights: their values change neither time nor memory."""
+    device = pick_device(args.device)
+    dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    config = read_config(args.shape) if args.shape not in SHAPES else Config(**SHAPES[args.shape])
+    T = args.length or default_length(config)
+    config = replace(config, max_position_embeddings=max(T + ANSWER_ROOM, config.max_position_embeddings))
+    note(f"bench    {args.shape}: {config}")
+    model = random_model(config, device, dtype, args.seed)
+    model.reset_scales(args.mode)
+    model.offload = args.offload
+    ids = torch.randint(config.vocab_size, (T,), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    prompt, answer = ids[:-30], ids[-30:]
+    forward, step = useful_flop(config, T)
+    speed = matmul_speed(device, dtype)
+    seconds = {}
+
+    def timed(name, work):
+        start = clock(device)
+        result = work()
+        seconds.setdefault(name, []).append(clock(device) - start)
+        return result
+
+    def training_step():
+        answer_loss(model, prompt, answer)[0].backward()
+
+    for _ in tqdm(range(args.steps + 1), desc="training steps", unit="step"):  # the first one warms up
+        timed("train", training_step)
+    memory = peak_memory(device)
+    with torch.no_grad():
+        for _ in range(2):
+            cache = Cache(model, 1, T + 32)
+            x = timed("prefill", lambda: model.logits(model(torch.tensor([ids], device=device), cache)[:, -1]))
+            for _ in tqdm(range(32), desc="decoding", unit="token"):
+                x = timed("decode", lambda: model.logits(model(x.argmax(-1)[:, None], cache)[:, -1]))
+    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    report = {
+        "shape": args.shape, "length": T, "mode": args.mode, "offload": args.offload, "dtype": str(dtype)[6:], "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": median, "peak_memory": memory, "matmul_flops": speed,
+        "utilisation": {"train": step / median["train"] / speed, "prefill": forward / median["prefill"] / speed},
+    }
+    rows = [
+        ["training step", f"{median['train']:.3f}", f"{T / median['train']:,.0f}", f"{report['utilisation']['train']:.0%}"],
+        ["read a prompt", f"{median['prefill']:.3f}", f"{T / median['prefill']:,.0f}", f"{report['utilisation']['prefill']:.0%}"],
+        ["decode a token", f"{median['decode']:.4f}", f"{1 / median['decode']:,.0f}", ""],
+    ]
+    print(table([f"{args.shape}, {T:,} tokens", "seconds", "tokens/s", "of matmul speed"], rows))
+    print(f"peak memory in training {memory}; matrix products reach {speed / 1e12:.2f} TFLOP/s here")
+    if args.json:
+        write_json(args.json, report)
+
+
 def command_generate(args) -> None:
     model, tokenizer, _ = open_checkpoint(args)
     ids = tokenizer.prompt(sys.stdin.read() if args.prompt == "-" else args.prompt)
@@ -1779,12 +1887,13 @@ def several(kind):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Flags mean the same in every command, so each is written once, in the group that its kind belongs to."""
     group = lambda: Parser(add_help=False, allow_abbrev=False)
-    model, task, result = group(), group(), group()
+    device, task, result = group(), group(), group()
+    device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    device.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's own, float32 on a CPU")
+    model = Parser(add_help=False, allow_abbrev=False, parents=[device])
     model.add_argument("--ckpt", metavar="DIR", default=TOY, help="checkpoint folder (default: the bundled toy)")
     model.add_argument("--extend", metavar="KIND:S", help="stretch the context: none, ntk:4, linear:4, yarn:4 (default: as the scales were trained)")
     model.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    model.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="auto: the checkpoint's own, float32 on a CPU")
     task.add_argument("--task", default="lines", metavar="TASK", help="lines, needle or FILE.jsonl")
     task.add_argument("--haystack", metavar="FILE.txt", help="text to hide needles in (default: generated)")
     task.add_argument("--depths", type=several(percent), default=[0, 25, 50, 75, 100], metavar="A,B,C", help="of the needle, in percent")
@@ -1807,6 +1916,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--samples", type=whole_number, default=50)
     p.add_argument("--epochs", type=whole_number, default=1)
     p.add_argument("--lr", type=positive, help="learning rate (default: the paper's, by mode and task)")
+    p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory (long prompts on a small GPU)")
     p.add_argument("--out", default="scales.safetensors", metavar="PATH")
 
     p = command("eval", command_eval, "accuracy by length", model, task, result)
@@ -1825,6 +1935,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--quadrants", type=several(positive), metavar="LOW,HIGH", help="scale harmful and helpful heads so, without training, and evaluate: 0.9,1.1")
     p.add_argument("--direct", action="store_true", help="direct effect on the logits of a prompt that --scales mend")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
+
+    p = command("bench", command_bench, "time a model's shape on this machine", device, task, result)
+    p.add_argument("--shape", default="1b", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
+    p.add_argument("--length", type=whole_number, metavar="TOKENS", help="of the prompt (default: the context less the answer)")
+    p.add_argument("--mode", default="head", choices=METHOD)
+    p.add_argument("--steps", type=whole_number, default=3, help="training steps to time")
+    p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory")
 
     p = command("generate", command_generate, "answer one prompt", model)
     p.add_argument("--scales", metavar="PATH")
@@ -1847,7 +1964,7 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
     except UserError as e:
         message = " ".join(str(e).split())
     except torch.OutOfMemoryError as e:
-        message = f"out of memory ({str(e).splitlines()[0]}); try a shorter --length, or a smaller --dtype"
+        message = f"out of memory ({str(e).splitlines()[0]}); try --offload, a shorter --length, or a smaller --dtype"
     except KeyboardInterrupt:
         note(f"{program}: interrupted; finished work is kept, --resume goes on")
         return 130
