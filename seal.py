@@ -73,6 +73,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -330,7 +331,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # Modules carry the names of Hugging Face's checkpoints (less the leading "model."), so loading is a dictionary walk.
 
 
-CHUNK = 4096  # tokens that go through a feed-forward at once
+CHUNK = 1024  # tokens that go through a feed-forward at once
 
 
 class RMSNorm(nn.Module):
@@ -387,8 +388,11 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(D, hidden, bias=config.mlp_bias)
         self.down_proj = nn.Linear(hidden, D, bias=config.mlp_bias)
 
+    def inside(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.inside(x))
 
 
 class Block(nn.Module):
@@ -404,42 +408,53 @@ class Block(nn.Module):
     def attend(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
         return x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
 
-    def feed(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def feed_chunks(self, x: Tensor) -> Tensor:
+        return torch.cat([part + self.mlp(self.post_attention_layernorm(part)) for part in x.split(CHUNK, dim=1)], dim=1)
 
     def forward(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
         x = self.attend(x, rope, mask, cache)  # (B, T, D): here tokens look at each other
-        return torch.cat([self.feed(part) for part in x.split(CHUNK, dim=1)], dim=1)  # here each is on its own
+        return self.feed_chunks(x)             # here each is on its own
 
 
 class Recompute(torch.autograd.Function):
-    """A block of a frozen model that keeps nothing but its input for the way back.
+    """A block of a frozen model that keeps little for the way back, and computes the rest a second time there.
 
-    Going back it computes the block a second time, now with a graph, and asks for just two gradients: the input's and
-    the scale's. The inside of the feed-forward, several times wider than the stream, is never whole in memory: each
-    chunk of the sequence goes forward and back before the next. So a prompt costs one (T, D) tensor per block, plus
-    the inside of a single attention.
+    Kept are the block's input and, if memory allows (`keep`), the attention's output. Going back, the block is
+    computed again with a graph, and just two gradients are asked for: the input's and the scale's. The inside of the
+    feed-forward, several times wider than the stream, is never whole in memory: each chunk of the sequence goes
+    forward and back before the next, and as no weight needs a gradient, down_proj need not be repeated.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope, keep: bool) -> Tensor:
+        first, ctx.again = create_selective_checkpoint_contexts(keep_attention) if keep else (nullcontext(), nullcontext())
         ctx.block, ctx.rope = block, rope
         ctx.save_for_backward(x)
-        return block(x, rope)
+        with torch.enable_grad(), first:  # with gradients on, so that attention takes the same path both times
+            middle = block.attend(x.detach().requires_grad_(), rope).detach()
+        return block.feed_chunks(middle)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), block = ctx.saved_tensors, ctx.block
         with torch.enable_grad():
-            x = x.detach().requires_grad_(ctx.needs_input_grad[0])  # the first block's input leads to nothing trained
-            middle = block.attend(x, ctx.rope)                      # (B, T, D)
+            with ctx.again:
+                x = x.detach().requires_grad_()
+                middle = block.attend(x, ctx.rope)  # (B, T, D)
             parts = []
             for part, grad_part in zip(middle.detach().split(CHUNK, dim=1), grad.split(CHUNK, dim=1)):
-                part.requires_grad_()
-                parts += torch.autograd.grad(block.feed(part), part, grad_part)
-            wanted = [x, block.self_attn.scale] if x.requires_grad else [block.self_attn.scale]
-            grads = torch.autograd.grad(middle, wanted, torch.cat(parts, dim=1))
-        return grads[0] if x.requires_grad else None, grads[-1], None, None
+                inside = block.mlp.inside(block.post_attention_layernorm(part.requires_grad_()))
+                grad_inside = grad_part @ block.mlp.down_proj.weight
+                parts.append(grad_part + torch.autograd.grad(inside, part, grad_inside)[0])
+            inputs = [block.self_attn.scale] + [x] * ctx.needs_input_grad[0]  # nothing below the first block is trained
+            grads = torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1))
+        return grads[1] if ctx.needs_input_grad[0] else None, grads[0], None, None, None
+
+
+def keep_attention(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """What to keep of a block: attention is the one part whose cost grows with the square of the length."""
+    kept = "scaled_dot_product" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Llama(nn.Module):
@@ -449,7 +464,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.frozen = False   # all but the scales, see set_scales
-        self.offload = False  # keep the blocks' inputs in host memory while training
+        self.offload = False  # while training, keep the blocks' inputs in host memory
+        self.keep = True      # while training, keep the attention's outputs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -476,7 +492,7 @@ class Llama(nn.Module):
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             for layer in self.layers:
                 if self.frozen and torch.is_grad_enabled():
-                    x = Recompute.apply(x, layer.self_attn.scale, layer, rope)
+                    x = Recompute.apply(x, layer.self_attn.scale, layer, rope, self.keep)
                 else:
                     x = layer(x, rope, mask, cache)
         if cache is not None:
