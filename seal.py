@@ -1142,6 +1142,22 @@ def peak_memory(device: torch.device) -> str:
     return f"{used / 2**30:.1f} GB"
 
 
+def plan_memory(model: Llama, tokens: int, offload: bool) -> str:
+    """Decide what a training step over so many tokens keeps between its two passes; returns it in words.
+
+    A block's input and its attention's output are (T, D) and (T, H * d). On a GPU outputs are kept if both fit into
+    half of what is free, and inputs go to host memory if they alone do not: 16 and 8 GB for a 7B at 31K in bf16.
+    """
+    c, weight = model.config, model.embed_tokens.weight
+    inputs = tokens * c.hidden_size * c.num_hidden_layers * weight.element_size()
+    outputs = tokens * c.channels() * c.num_hidden_layers * weight.element_size()
+    room = torch.cuda.mem_get_info(weight.device)[0] / 2 if weight.is_cuda else math.inf
+    model.offload = offload or inputs > room
+    model.keep = not model.offload and inputs + outputs < room
+    kept = f"{inputs / 2**30:.2f} GB of block inputs in {'host' if model.offload else 'device'} memory"
+    return kept + (f" and {outputs / 2**30:.2f} GB of attention outputs" if model.keep else ", attention is computed twice")
+
+
 def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resume: bool = False, recipe=None) -> list[float]:
     """Learn the scales in `model` on (prompt, answer) pairs of token ids, one pair a step; returns the losses.
 
@@ -1474,6 +1490,30 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 11. The toy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+TOY_STORY = (
+    "toy      This base was given a bias toward recent lines (see part 11 of seal.py). Its heads can still find any line;\n"
+    "         SEAL is asked to undo the bias, with 50 prompts and one number per head or channel."
+)
+
+
+def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, modes, seed: int) -> dict[str, list[dict]]:
+    """Accuracy by length of the base, and after training each mode on 50 prompts of the longest length."""
+    cells = [make_samples("lines", tokenizer, model.config, n, prompts, "eval", seed) for n in lengths]
+    pairs = to_pairs(tokenizer, make_samples("lines", tokenizer, model.config, lengths[-1], 50, "train", seed))
+    model.reset_scales("head")
+    results = {"base": evaluate(model, tokenizer, cells, desc="base")}
+    for mode in modes:
+        model.reset_scales(mode)
+        train(model, pairs, paper_lr("lines", mode, model.config))
+        results[METHOD[mode]] = evaluate(model, tokenizer, cells, desc=METHOD[mode])
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 12. Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1578,7 +1618,7 @@ def command_train(args) -> None:
         "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr, "seed": args.seed,
     }
     model.reset_scales(args.mode)
-    model.offload = args.offload
+    note(f"memory   {plan_memory(model, length, args.offload)}")
     note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} scales on {len(samples)} samples of {args.task} "
          f"of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
     tests = to_pairs(tokenizer, tests)
@@ -1760,7 +1800,7 @@ def command_bench(args) -> None:
     note(f"bench    {args.shape}: {config}")
     model = random_model(config, device, dtype, args.seed)
     model.reset_scales(args.mode)
-    model.offload = args.offload
+    note(f"memory   {plan_memory(model, T, args.offload)}")
     ids = torch.randint(config.vocab_size, (T,), generator=torch.Generator().manual_seed(args.seed)).tolist()
     prompt, answer = ids[:-30], ids[-30:]
     forward, step = useful_flop(config, T)
@@ -1801,6 +1841,40 @@ def command_bench(args) -> None:
     print(f"peak memory in training {memory}; matrix products reach {speed / 1e12:.2f} TFLOP/s here")
     if args.json:
         write_json(args.json, report)
+
+
+def command_demo(args) -> None:
+    """The paper's tables 1 and 2 on the bundled toy, in under three minutes on two cores."""
+    out = Path(args.out)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
+    start, report = time.monotonic(), {}
+    model, tokenizer, _ = open_checkpoint(args)
+    note(TOY_STORY)
+    end = default_length(model.config)
+    lengths = [round(end * share) for share in (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)]
+    report["within"] = demo(model, tokenizer, lengths, args.prompts, ["head", "channel"], args.seed)
+    print(f"Share of {args.prompts} prompts answered right, within the context of {model.config.max_position_embeddings} tokens")
+    print(score_table(report["within"]), "\n")
+    plot_scores(out / "within.png", report["within"])
+
+    none = [make_samples("lines", tokenizer, model.config, n, args.prompts // 2, "eval", args.seed) for n in (end, 2 * end, 4 * end)]
+    beyond = {"base": evaluate(model, tokenizer, none, desc="beyond")}
+    args.extend = "ntk:4"
+    model, tokenizer, _ = open_checkpoint(args)
+    extended = demo(model, tokenizer, [end, 2 * end, 4 * end], args.prompts // 2, ["channel"], args.seed)
+    report["beyond"] = beyond | {"NTK 4": extended["base"], "NTK 4 + SEAL-C": extended["SEAL-C"]}
+    print(f"Share of {args.prompts // 2} prompts answered right, up to four times the context")
+    print(score_table(report["beyond"]), "\n")
+    plot_scores(out / "beyond.png", report["beyond"])
+    write_json(out / "demo.json", report | {"seconds": round(time.monotonic() - start, 1)})
+    print(f"{time.monotonic() - start:.0f} seconds. Pictures and numbers are in {out}. Now try:\n"
+          "  python seal.py train                                   learn the scales yourself (--ckpt DIR for your model)\n"
+          "  python seal.py eval --scales scales.safetensors --compare\n"
+          "  python seal.py heads --how both --plot heads.png       which heads help, which hurt\n"
+          "  python export_gguf.py                                  for llama.cpp")
 
 
 def command_generate(args) -> None:
@@ -1925,6 +1999,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub = commands.add_parser(name, help=help, parents=groups, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
+
+    p = command("demo", command_demo, "the bundled toy, before and after; no checkpoint needed", model)
+    p.add_argument("--prompts", type=whole_number, default=50, help="per length")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="seal-demo", metavar="DIR")
 
     p = command("train", command_train, "learn the scales", model, task, result)
     p.add_argument("--mode", default="head", choices=METHOD, help="one scale per head (SEAL-H) or per channel (SEAL-C)")
