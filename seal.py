@@ -565,7 +565,9 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
     last = model(tokens, cache)[cache.rows[:, 0], lengths - 1]  # (B, D): the last real token of each row
     cache.lengths = lengths
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
+        if step:
+            last = model(token[:, None], cache)[:, -1]
         token = model.logits(last).argmax(-1)  # (B,)
         for row, t in enumerate(token.tolist()):
             if row in running and t in stop:
@@ -574,7 +576,6 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
                 answers[row].append(t)
         if not running:
             break
-        last = model(token[:, None], cache)[:, -1]
     return answers
 
 
@@ -752,10 +753,10 @@ LLAMA3 = (
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 TEMPLATES = {
-    "none": ("{}", "{}", None),
-    "vicuna": (VICUNA, "{}", "</s>"),
-    "llama-2": ("[INST] {} [/INST]", "{} ", "</s>"),
-    "mistral": ("[INST] {} [/INST]", "{}", "</s>"),
+    "none": ("{}", " {}", None),
+    "vicuna": (VICUNA, " {}", "</s>"),
+    "llama-2": ("[INST] {} [/INST]", " {} ", "</s>"),
+    "mistral": ("[INST] {} [/INST]", " {}", "</s>"),
     "llama-3": (LLAMA3, "{}", "<|eot_id|>"),
 }
 
@@ -847,8 +848,14 @@ class Tokenizer:
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos] + ids
 
     def answer(self, text: str) -> list[int]:
-        """Ids that should follow the prompt: the answer (sentencepiece itself puts the space in front) and its end."""
-        return self.encode(TEMPLATES[self.template][1].replace("{}", text)) + [self.end]
+        """Ids that should follow the prompt: the answer, with the template's space in front, and its end.
+
+        Llama's sentencepiece puts a space before whatever it is given, tokenizer.json may not: so the answer is encoded
+        as it will stand, behind a word, and the word is taken off.
+        """
+        text = TEMPLATES[self.template][1].replace("{}", text)
+        word = "x" if text.startswith(" ") else ""
+        return self.encode(word + text)[len(self.encode(word)) :] + [self.end]
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
@@ -1227,12 +1234,13 @@ def rows_that_fit(model: Llama, tokens: int) -> int:
 
 def answers(model: Llama, tokenizer: Tokenizer, samples: list[Sample], max_new_tokens: int, bar=None) -> list[str]:
     """What the model answers to each sample, greedily."""
-    prompts = [tokenizer.prompt(s.prompt) for s in samples]
+    prompts, window = [tokenizer.prompt(s.prompt) for s in samples], model.config.sliding_window
     rows = rows_that_fit(model, max(map(len, prompts)) + max_new_tokens)
     texts = []
     for i in range(0, len(prompts), rows):
         batch = prompts[i : i + rows]
-        texts += [tokenizer.decode(ids) for ids in generate(model, batch, max_new_tokens, tokenizer.stop)]
+        new = min(max_new_tokens, window - max(map(len, batch)) + 1) if window else max_new_tokens  # beyond it is an error
+        texts += [tokenizer.decode(ids) for ids in generate(model, batch, new, tokenizer.stop)]
         if bar is not None:
             bar.update(len(batch))
     return texts
@@ -1267,7 +1275,8 @@ def interval(correct: int, prompts: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share: honest for few prompts and near 0 and 1."""
     z, n, p = 1.96, prompts, correct / prompts
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, min(p, low)), min(1.0, max(p, high))  # to the last bit: an error bar of -1e-16 cannot be drawn
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
