@@ -89,6 +89,11 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line: what is wrong, where, what to do. Exit status 2."""
 
 
+def first_line(error: Exception) -> str:
+    """Another library's message, short."""
+    return f"{str(error) or type(error).__name__}".strip().splitlines()[0][:200]
+
+
 def note(*words) -> None:
     """Tell the person at the terminal; stdout is kept for results."""
     print(*words, file=sys.stderr, flush=True)
@@ -101,10 +106,13 @@ def check_output(path, inputs=()) -> Path:
         raise UserError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file but a device or the like, and would be replaced; give another name")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: the folder {path.parent} cannot be written to")
-    if any(path.resolve() == Path(i).resolve() for i in inputs if i):
-        raise UserError(f"{path}: is one of the inputs; give another name for the output")
+    for given in (Path(i).resolve() for i in inputs if i):  # of a folder, the files that make a checkpoint
+        if path.resolve() == given or path.resolve().parent == given and re.search("config|model|token", path.name):
+            raise UserError(f"{path}: is one of the inputs; give another name for the output")
     return path
 
 
@@ -122,14 +130,17 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
-def read_json(path: Path):
-    """Parsed JSON of a file; every way in which that fails is a UserError."""
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; every way in which that fails is a UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: is not JSON ({e})") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must hold a JSON object, holds a {type(data).__name__}")
+    return data
 
 
 def write_json(path, data) -> None:
@@ -142,6 +153,7 @@ def write_json(path, data) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # the same network; Mistral's v0.1 adds a sliding window
+LARGEST = 2**24  # no width, context, vocabulary or count is larger; what claims to be would only fill the memory
 
 
 @dataclass(frozen=True)
@@ -164,6 +176,10 @@ class Config:
     attention_bias: bool = False        # q, k, v and o carry biases
     mlp_bias: bool = False              # gate, up and down carry biases
 
+    def __post_init__(self):
+        if self.max_position_embeddings > LARGEST:
+            raise UserError(f"a context of {self.max_position_embeddings:,} tokens is more than {LARGEST:,}; stretch it less")
+
     def channels(self) -> int:
         """H * d: the width of the concatenated heads, which is what o_proj reads."""
         return self.num_attention_heads * self.head_dim
@@ -175,15 +191,15 @@ def read_config(folder) -> Config:
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must hold a JSON object, holds a {type(raw).__name__}")
 
-    def number(key, default=None, kind=int, low=1, source=raw):
+    def number(key, default=None, kind=int, low=1, source=raw, high=None):
+        high = high or (LARGEST if kind is int else 1e15)
         value = default if source.get(key) is None else source[key]
         if value is None:
             raise UserError(f"{path}: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= 1e9:
-            raise UserError(f"{path}: {key} must be {'a whole number' if kind is int else 'a number'} from {low} to 1e9, is {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
+            kind = "a whole number" if kind is int else "a number"
+            raise UserError(f"{path}: {key} must be {kind} from {low:g} to {high:g}, is {value!r}")
         return kind(value)
 
     def flag(key):
@@ -200,7 +216,7 @@ def read_config(folder) -> Config:
 
     heads, width = number("num_attention_heads"), number("hidden_size")
     groups = number("num_key_value_heads", default=heads)
-    head_dim = number("head_dim", default=width // heads)
+    head_dim = number("head_dim", default=width // heads, high=LARGEST // heads)
     if heads % groups:
         raise UserError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if raw.get("head_dim") is None and width % heads:
@@ -215,7 +231,7 @@ def read_config(folder) -> Config:
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling must be an object, is {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KINDS:
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise UserError(f"{path}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
     if unknown := set(rope) - set(ROPE_KINDS[kind]) - {"rope_type", "type", "rope_theta"}:
         raise UserError(f"{path}: rope type {kind} with {', '.join(sorted(unknown))} is not supported")
@@ -224,7 +240,8 @@ def read_config(folder) -> Config:
         if key == "original_max_position_embeddings":
             scaling[key] = number(key, default=number("max_position_embeddings", default=2048), source=rope)
         else:
-            scaling[key] = number(key, default=default, kind=float, low=1 if key == "factor" else 0, source=rope)
+            low, high = (1, 1e4) if key == "factor" else (0, 1e3) if key == "attention_factor" else (0.01, 1e3)
+            scaling[key] = number(key, default=default, kind=float, low=low, high=high, source=rope)
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise UserError(f"{path}: low_freq_factor {scaling['low_freq_factor']} must be below high_freq_factor {scaling['high_freq_factor']}")
     if kind == "yarn":  # some files keep the short context in max_position_embeddings
@@ -236,13 +253,13 @@ def read_config(folder) -> Config:
         vocab_size=number("vocab_size"),
         hidden_size=width,
         intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
+        num_hidden_layers=number("num_hidden_layers", high=1000),
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=head_dim,
         max_position_embeddings=context,
         rms_norm_eps=number("rms_norm_eps", default=1e-6, kind=float, low=0),
-        rope_theta=number("rope_theta", default=number("rope_theta", default=10000.0, kind=float), kind=float, source=rope),
+        rope_theta=number("rope_theta", default=number("rope_theta", default=1e4, kind=float, low=2), kind=float, low=2, source=rope),
         rope_scaling=scaling,
         sliding_window=None if window is None else number("sliding_window", default=window),
         tie_word_embeddings=flag("tie_word_embeddings"),
@@ -584,6 +601,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
 # ---------------------------------------------------------------------------------------------------------------------
 # A checkpoint is read one tensor at a time from memory-mapped files, so a 7B never needs two copies in memory.
 
+METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}  # --mode, and the paper's name for it
+
 
 class Checkpoint:
     """The tensors of a Hugging Face folder by name, whatever its files: safetensors or .bin, one file or shards.
@@ -601,7 +620,7 @@ class Checkpoint:
             raise UserError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin or an .index.json of shards")
         if path.suffix == ".json":
             index = read_json(path)
-            files = index.get("weight_map") if isinstance(index, dict) else None
+            files = index.get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
                 raise UserError(f"{path}: has no weight_map of tensor names to file names")
             for file in set(files.values()):
@@ -624,11 +643,13 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as file:
                     return use({name: file.get_tensor for name in file.keys()})
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-                raise UserError(f"{path}: must hold a dictionary of tensors")
+            if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
+                raise UserError(f"{path}: must hold a dictionary of names and tensors")
             return use({name: tensors.get for name in tensors})
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as e:
-            raise UserError(f"{path}: cannot be read as weights ({str(e).splitlines()[0][:200]}); download it again") from e
+        except UserError:
+            raise
+        except Exception as e:  # a broken pickle can make the reader raise anything
+            raise UserError(f"{path}: cannot be read as weights ({first_line(e)}); download it again") from e
 
     def _names(self, path: Path) -> set[str]:
         return self._open(path, set)
@@ -638,10 +659,30 @@ class Checkpoint:
         tensor = self._open(self.files[name], lambda tensors: tensors[name](name))
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise UserError(f"{self.files[name]}: {name} is {str(tensor.dtype)[6:]}; quantised checkpoints are not supported, use the original")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise UserError(f"{self.files[name]}: {name} is not a plain tensor; save the checkpoint again as safetensors")
         return tensor
 
     def __iter__(self):
         return iter(sorted(self.files))
+
+    def fitting(self, config: Config):
+        """(name in the model, name in the files, tensor) of every weight; UserError unless the two hold the same ones."""
+        with torch.device("meta"):  # shapes without memory
+            missing = dict(Llama(config).named_parameters())
+        for name in self:
+            short = name.removeprefix("model.")
+            if short.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and short == "lm_head.weight"):
+                continue  # the frequencies come from config.json; a tied output matrix is the embedding
+            if short not in missing or short.endswith("scale"):
+                raise UserError(f"{self.files[name]}: holds {name}, which the model in config.json does not have, or not twice")
+            tensor, expected = self[name], missing.pop(short).shape
+            if tensor.shape != expected:
+                raise UserError(f"{self.files[name]}: {name} has shape {list(tensor.shape)}, config.json says {list(expected)}")
+            yield short, name, tensor
+        missing = [name for name in missing if not name.endswith("scale")]
+        if missing:
+            raise UserError(f"{self.folder}: the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
 
 
 def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
@@ -652,24 +693,12 @@ def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype 
     weights = Checkpoint(folder)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
-    missing = dict(model.named_parameters())
-    for name in tqdm(weights, desc="loading", unit=" tensors", leave=False, delay=1):
-        short = name.removeprefix("model.")
-        if short.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and short == "lm_head.weight"):
-            continue  # the frequencies come from config.json; a tied output matrix is the embedding
-        if short not in missing or short.endswith("scale"):
-            raise UserError(f"{weights.files[name]}: holds {name}, which the model in config.json does not have")
-        tensor, expected = weights[name], missing.pop(short).shape
-        if tensor.shape != expected:
-            raise UserError(f"{weights.files[name]}: {name} has shape {list(tensor.shape)}, config.json says {list(expected)}")
+    for short, name, tensor in tqdm(weights.fitting(config), desc="loading", unit=" tensors", leave=False, delay=1):
         tensor = tensor.to(device, dtype or (torch.float32 if device.type == "cpu" else tensor.dtype), copy=True)
         if not tensor.isfinite().all():
             raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity; download it again or use another dtype")
         owner, _, leaf = short.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    missing = [name for name in missing if not name.endswith("scale")]
-    if missing:
-        raise UserError(f"{folder}: the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.reset_scales("head")
@@ -705,19 +734,21 @@ def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], dict]
     """The scales in a file, one tensor per layer, and its metadata. With a config: UserError unless they fit it."""
     try:
         with safe_open(path, framework="pt") as file:
-            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: cannot be read as scales ({e})") from e
-    if about.get("format") != "seal-1":
-        raise UserError(f"{path}: is not a scales file; `seal.py train` writes them")
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if about.get("format") == "seal-1" else {}
+    except Exception as e:  # a stranger's file: whatever the reader raises is the file's fault
+        raise UserError(f"{path}: cannot be read as scales ({first_line(e)})") from e
+    if about.get("format") != "seal-1" or about.get("mode") not in METHOD:
+        raise UserError(f"{path}: is not a scales file, or of an unknown mode; `seal.py train` writes them")
     scales = [tensors.pop(f"layers.{i}.scale", None) for i in range(len(tensors))]
     if tensors or not scales:
         raise UserError(f"{path}: layers are missing or unknown ({sorted(tensors)[:1]})")
     if config is not None:
         heads, width, layers = config.num_attention_heads, config.channels(), config.num_hidden_layers
-        size = heads if about.get("mode") == "head" else width
-        if len(scales) != layers or any(s.shape != (size,) for s in scales):
-            raise UserError(f"{path}: made for {len(scales)} layers of {list(scales[0].shape)} scales, the model has {layers} of [{size}]")
+        size = heads if about["mode"] == "head" else width
+        if len(scales) != layers or any(s.shape != (size,) for s in scales) or about.get("heads") != str(heads):
+            raise UserError(f"{path}: made for {len(scales)} layers of {list(scales[0].shape)} scales and {about.get('heads')} heads, "
+                            f"the model has {layers} of [{size}] and {heads} heads")
     if not all(s.dtype == torch.float32 and s.isfinite().all() for s in scales):
         raise UserError(f"{path}: scales must be finite float32 numbers; train again")
     return scales, about
@@ -1526,7 +1557,6 @@ def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, m
 # 12. Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHAPES = {  # for bench: Llama-2 7B and 13B, and a 1.1B with grouped queries
     name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), sizes),
