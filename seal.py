@@ -48,6 +48,7 @@ V vocabulary.
 import argparse
 import bisect
 import hashlib
+import io
 import json
 import math
 import os
@@ -576,7 +577,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
     """Greedy continuation of each prompt (token ids): a list of lists, each ended before its first `stop` token."""
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    width = int(lengths.max())
+    width, max_new_tokens = int(lengths.max()), min(max_new_tokens, model.config.max_position_embeddings)
     tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (B, T), padded on the right
     cache = Cache(model, len(prompts), width + max_new_tokens)
     last = model(tokens, cache)[cache.rows[:, 0], lengths - 1]  # (B, D): the last real token of each row
@@ -585,7 +586,10 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
     for step in range(max_new_tokens):
         if step:
             last = model(token[:, None], cache)[:, -1]
-        token = model.logits(last).argmax(-1)  # (B,)
+        logits = model.logits(last)  # (B, V)
+        if logits.isnan().any():
+            raise UserError(f"the model's output is not a number in {str(model.embed_tokens.weight.dtype)[6:]}; try another --dtype, or other scales")
+        token = logits.argmax(-1)  # (B,)
         for row, t in enumerate(token.tolist()):
             if row in running and t in stop:
                 running.remove(row)
@@ -821,8 +825,8 @@ class Tokenizer:
             self._tokenizers(folder / "tokenizer.json")
         else:
             raise UserError(f"{folder}: no tokenizer.model and no tokenizer.json; copy them from the original checkpoint")
-        if self.size > config.vocab_size:
-            raise UserError(f"{folder}: the tokenizer has {self.size} pieces, the model only {config.vocab_size}; they do not belong together")
+        if not config.vocab_size / 2 < self.size <= config.vocab_size:  # a few rows more than pieces are usual
+            raise UserError(f"{folder}: the tokenizer has {self.size} pieces, the model {config.vocab_size} rows; they do not belong together")
         self.end = self.id(TEMPLATES[name][2]) if TEMPLATES[name][2] else self.eos
         if self.end is None:
             raise UserError(f"--template {name}: the tokenizer has no {TEMPLATES[name][2] or 'end-of-text token'}; choose another template")
@@ -866,12 +870,12 @@ class Tokenizer:
             raise UserError(f"{path}: is not a tokenizer ({e})") from e
         hints = path.with_name("tokenizer_config.json")
         hints = read_json(hints) if hints.is_file() else {}
-        token = lambda key: hints[key]["content"] if isinstance(hints.get(key), dict) else hints.get(key)
+        token = lambda key: hints[key].get("content") if isinstance(hints.get(key), dict) else hints.get(key)
         self.encode = lambda text: model.encode(text, add_special_tokens=False).ids
         self.decode = model.decode
         self.id = model.token_to_id
-        self.bos, self.eos = (model.token_to_id(token(key)) if token(key) else None for key in ("bos_token", "eos_token"))
-        self.size = model.get_vocab_size()
+        self.bos, self.eos = (model.token_to_id(str(token(key))) if token(key) else None for key in ("bos_token", "eos_token"))
+        self.size = max(model.get_vocab().values(), default=-1) + 1
 
     def prompt(self, text: str) -> list[int]:
         """Ids of the prompt inside the template, with one BOS in front."""
@@ -893,10 +897,15 @@ def added_tokens(folder: Path) -> dict[str, int]:
     """Tokens outside tokenizer.model, {text: id}: added_tokens.json, else added_tokens_decoder in tokenizer_config.json."""
     added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     tokens = {}
-    if config.is_file():
-        tokens = {t["content"]: int(i) for i, t in read_json(config).get("added_tokens_decoder", {}).items()}
-    if added.is_file():
-        tokens |= read_json(added)
+    try:
+        if config.is_file():
+            tokens = {str(t["content"]): int(i) for i, t in read_json(config).get("added_tokens_decoder", {}).items()}
+        if added.is_file():
+            tokens |= {token: int(i) for token, i in read_json(added).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json has broken added tokens ({e!r})") from e
+    if any(i < 0 or not token for token, i in tokens.items()):
+        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json has an empty added token or a negative id")
     return tokens
 
 
@@ -925,11 +934,14 @@ class Sample:
         """
         if isinstance(self.expected, int):
             numbers = re.findall(r"\d+", text)
-            return float(bool(numbers) and int(numbers[-1]) == self.expected)
+            return float(bool(numbers) and int(numbers[-1][:4000]) == self.expected)  # Python reads no longer ones
         if isinstance(self.expected, str):
             return float(self.expected.casefold() in text.casefold())
         wanted, found = (Counter(re.findall(r"\w+", t.casefold())) for t in (self.answer, text))
         return (wanted & found).total() / max(1, wanted.total())
+
+
+ANSWER_ROOM = 48  # tokens kept free for the answer when a prompt is to fill the context
 
 
 def prompt_id(prompt: str) -> str:
@@ -943,6 +955,8 @@ def largest_fit(make, tokenizer: Tokenizer, length: int, limit: int) -> Sample:
     n = bisect.bisect_right(range(1, limit + 1), length, key=size)
     if n == 0:
         raise UserError(f"--length {length}: too short, the smallest prompt of this task has {size(1)} tokens")
+    if n == limit:
+        raise UserError(f"--length {length}: too long, there is text for {size(limit)} tokens only")
     return make(n)
 
 
@@ -1074,7 +1088,7 @@ def read_jsonl(path) -> list[Sample]:
     """Samples from lines of {"prompt", "answer"[, "expected"]}, or LongEval's own {"prompt", "expected_number", ...}."""
     samples = []
     try:
-        rows = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at more than line ends
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--task {path}: cannot be read as UTF-8 text ({e})") from e
     for number, row in enumerate(rows, 1):
@@ -1087,14 +1101,14 @@ def read_jsonl(path) -> list[Sample]:
             prompt, answer, expected = case.get("prompt"), case.get("answer"), case.get("expected")
             if "expected_number" in case:
                 expected = int(case["expected_number"])
-                key = case["random_idx"][0] if answer is None else None
-                answer = answer or LINE_ANSWER.format(key=key, number=expected)
+                answer = answer or LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
             if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
                 raise ValueError('needs a "prompt" and an "answer", both text and not empty')
-            if isinstance(expected, bool) or not isinstance(expected, (int, str, type(None))) or expected == "":
+            if isinstance(expected, bool) or not isinstance(expected, (int, str, type(None))) or not str(expected).strip():
                 raise ValueError(f'"expected" must be a whole number or text, is {expected!r}')
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as e:
-            raise UserError(f"{path}, line {number}: {e or type(e).__name__}") from e
+            f"{prompt}{answer}{expected}".encode()  # JSON can spell halves of characters, which no tokenizer reads
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as e:
+            raise UserError(f"{path}, line {number}: {f'{e} is missing' if isinstance(e, KeyError) else e}") from e
         samples.append(Sample(prompt, answer, expected))
     if not samples:
         raise UserError(f"{path}: holds no samples")
@@ -1117,6 +1131,8 @@ def make_samples(task, tokenizer, config, length, count, split, seed=0, depths=N
         for number, sample in enumerate(samples, 1):
             if (tokens := len(tokenizer.prompt(sample.prompt))) > length:
                 raise UserError(f"{task}, sample {number}: the prompt has {tokens} tokens, more than the {length} allowed")
+            if tokens + len(tokenizer.answer(sample.answer)) > max(config.max_position_embeddings, length + ANSWER_ROOM):
+                raise UserError(f"{task}, sample {number}: prompt and answer have more tokens than the model's context")
             sample.length = length
         random.Random(f"{seed}").shuffle(samples)
         return [s for s in samples if prompt_id(s.prompt) not in avoid][:count]
@@ -1138,8 +1154,6 @@ def make_samples(task, tokenizer, config, length, count, split, seed=0, depths=N
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Training
 # ---------------------------------------------------------------------------------------------------------------------
-
-ANSWER_ROOM = 48  # tokens kept free for the answer when a prompt is to fill the context
 
 
 def paper_lr(task: str, mode: str, config: Config) -> float:
@@ -1216,35 +1230,43 @@ def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resu
     for step in bar:
         prompt, answer = pairs[step % len(pairs)]
         loss, _ = answer_loss(model, prompt, answer)
-        if not loss.isfinite():
-            raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr ({lr:g}) or use --dtype float32. The scales of step {step} are kept")
         loss.backward()
         optimizer.step()
+        if not all(x.isfinite().all() for x in (loss, *scales)):
+            kept = f"; the state after step {step} is in {state_file}, --resume goes on from it" if step and state_file else ""
+            raise UserError(f"step {step + 1}: the loss is {loss.item()} and training would go astray; --lr {lr:g} is too high, or the numbers "
+                            f"too large for {str(model.embed_tokens.weight.dtype)[6:]} (try --dtype float32){kept}")
         optimizer.zero_grad()
         losses.append(loss.item())
         tokens += len(prompt) + len(answer)
         bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens / (time.monotonic() - start):,.0f} tokens/s, peak {peak_memory(loss.device)}")
         if state_file:
+            state = io.BytesIO()  # torch itself does not survive a full disk
+            torch.save({"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}, state)
             with whole_file(state_file) as partial:
-                torch.save({"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}, partial)
+                partial.write_bytes(state.getbuffer())
     return losses
 
 
 def load_state(path, scales, optimizer, recipe) -> list[float]:
     """Put back what train() saved; returns the losses so far. UserError if it was another run's."""
+    if not path.exists():
+        note(f"resume   nothing to go on from in {path}; from the start")
+        return []
     try:
         state = torch.load(path, weights_only=True)
-        saved = state["recipe"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
-        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); train without --resume") from e
-    for key in recipe:
-        if saved.get(key) != recipe[key]:
-            raise UserError(f"--resume: {path} was made with {key} {saved.get(key)}, not {recipe[key]}; give the same flags")
-    with torch.no_grad():
-        for scale, value in zip(scales, state["scales"], strict=True):
-            scale.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["losses"]
+        for key in recipe:
+            if (saved := state["recipe"].get(key)) != recipe[key]:
+                raise UserError(f"--resume: {path} was made with {key} {saved}, not {recipe[key]}; give the same flags, or train without --resume")
+        with torch.no_grad():
+            for scale, value in zip(scales, state["scales"], strict=True):
+                scale.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["losses"]
+    except UserError:
+        raise
+    except Exception as e:  # see Checkpoint._open
+        raise UserError(f"--resume: {path} cannot be read ({first_line(e)}); train without --resume") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1570,10 +1592,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from e
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise UserError(f"--device {name}: not usable here ({first_line(e)})") from e
 
 
 def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
@@ -1582,6 +1604,12 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
     scales, about = read_scales(args.scales, config) if getattr(args, "scales", None) else (None, {})
     about["extend"] = resolve_extension(args.extend, about)
     config = extend(config, about["extend"])
+    longest = max([getattr(args, "length", None) or 0, *(getattr(args, "lengths", None) or [])])
+    if longest > config.max_position_embeddings:
+        message = f"{longest} tokens are more than the context of {config.max_position_embeddings}; stretch it with --extend"
+        if args.command != "eval":  # which may show how the base fails there
+            raise UserError(f"--length {message}, or ask for less")
+        note(f"warning  {message}")
     device = pick_device(args.device)
     tokenizer = Tokenizer(args.ckpt, config, args.template)
     model = load_model(args.ckpt, config, device, DTYPES[args.dtype])
@@ -1617,7 +1645,7 @@ def to_pairs(tokenizer: Tokenizer, samples: list[Sample]) -> list[tuple[list[int
 def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> list[list[Sample]]:
     """The samples to evaluate on: a list per length, and for needles per length and depth."""
     end = default_length(config)
-    lengths = args.lengths or [round(end * share) for share in (0.3, 0.45, 0.6, 0.75, 0.9, 1.0)]
+    lengths = dict.fromkeys(args.lengths or [round(end * share) for share in (0.3, 0.45, 0.6, 0.75, 0.9, 1.0)])
     if args.task not in ("lines", "needle"):
         lengths = (args.lengths or [end])[-1:]  # a file's prompts are as long as they are
     cells = {}
@@ -1627,6 +1655,14 @@ def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> li
     if not cells:
         raise UserError(f"--task {args.task}: every prompt in it was trained on; evaluate on another file")
     return list(cells.values())
+
+
+def check_outputs(args, *flags: str) -> None:
+    """Every file to be written can be, and replaces neither an input nor another output: asked before hours of work."""
+    taken = [getattr(args, flag, None) for flag in ("ckpt", "scales", "task", "haystack")]
+    for path in filter(None, (getattr(args, flag) for flag in flags)):
+        check_output(path, taken)
+        taken.append(path)
 
 
 def finished(args, header: dict) -> dict:
@@ -1639,13 +1675,14 @@ def finished(args, header: dict) -> dict:
         return {}
     saved = read_json(Path(args.json))
     for key, value in header.items():
-        if not isinstance(saved, dict) or saved.get(key) != value:
+        if saved.get(key) != value:
             raise UserError(f"--resume: {args.json} is of another run ({key} differs); give the same flags or another file")
     return saved
 
 
 def command_train(args) -> None:
-    out, state_file = check_output(args.out, inputs=[args.haystack, args.task]), Path(f"{args.out}.state")
+    check_outputs(args, "out", "json")
+    out, state_file = Path(args.out), Path(f"{args.out}.state")
     model, tokenizer, about = open_checkpoint(args)
     config = model.config
     length, lr = args.length or default_length(config), args.lr or paper_lr(args.task, args.mode, config)
@@ -1662,9 +1699,9 @@ def command_train(args) -> None:
          f"of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
     tests = to_pairs(tokenizer, tests)
     before = held_out(model, tests) if tests else None
-    losses = train(model, to_pairs(tokenizer, samples), lr, args.epochs, state_file, args.resume, recipe)
+    pairs = to_pairs(tokenizer, samples)
+    losses = train(model, pairs, lr, args.epochs, state_file, args.resume, recipe | {"data": prompt_id(repr(pairs))})
     save_scales(out, model.scales(), config, **recipe, steps=len(losses), loss=losses[-1], prompts=",".join(trained_on))
-    state_file.unlink(missing_ok=True)
     note(f"scales   {out}")
     report = {"scales": str(out), **recipe, "losses": losses}
     if tests:
@@ -1672,23 +1709,26 @@ def command_train(args) -> None:
         report |= {"before": dict(zip(("loss", "right"), before)), "after": dict(zip(("loss", "right"), after))}
         rows = [[name, f"{x[0]:.3f}", f"{x[1]:.2f}"] for name, x in (("base", before), (METHOD[args.mode], after))]
         print(table([f"{len(tests)} prompts not trained on", "loss", "right"], rows))
-        if after[0] > before[0]:
+        if not after[0] <= before[0]:
             note("warning  these scales make the loss worse on prompts they were not trained on; try a lower --lr or more --samples")
+    else:
+        note("warning  every prompt was trained on, so none is left to show what the scales are worth; try fewer --samples")
     if args.json:
         write_json(args.json, report)
+    state_file.unlink(missing_ok=True)
 
 
 def command_eval(args) -> None:
-    for path in filter(None, (args.json, args.plot)):
-        check_output(path, inputs=[args.scales, args.task, args.haystack])
+    check_outputs(args, "json", "plot")
     if args.compare and not args.scales:
         raise UserError("--compare: needs --scales to compare the base with")
     model, tokenizer, about = open_checkpoint(args)
     cells = evaluation_cells(args, model.config, tokenizer, avoid=about.get("prompts", "").split(","))
     scales = [s.detach().clone() for s in model.scales()]
-    report = {"ckpt": str(args.ckpt), "scales": args.scales, "task": str(args.task), "extend": about["extend"], "seed": args.seed}
-    saved, start = finished(args, report), time.monotonic()
-    results = {}
+    report = {"ckpt": str(args.ckpt), "scales": args.scales, "task": str(args.task), "extend": about["extend"], "seed": args.seed,
+              "run": prompt_id(repr((cells, [s.tolist() for s in scales], args.max_new_tokens, tokenizer.template, args.dtype)))}  # so that only the same run resumes
+    saved, start, results = finished(args, report), time.monotonic(), {}
+    report |= saved
     for method in (["base"] if args.compare else []) + [METHOD[about["mode"]] if args.scales else "base"]:
         model.reset_scales("head") if method == "base" else model.set_scales(scales)
         key = "base" if args.compare and method == "base" else "cells"
@@ -1706,8 +1746,9 @@ def command_eval(args) -> None:
 
 
 def command_heads(args) -> None:
-    for path in filter(None, (args.json, args.plot)):
-        check_output(path, inputs=[args.scales, args.task, args.haystack])
+    check_outputs(args, "json", "plot")
+    if args.quadrants and len(args.quadrants) != 2:
+        raise UserError("--quadrants: must be two numbers, LOW,HIGH")
     model, tokenizer, about = open_checkpoint(args)
     config = model.config
     learned = [s.detach().clone() for s in model.scales()] if args.scales else None
@@ -1728,7 +1769,7 @@ def command_heads(args) -> None:
     model.reset_scales("channel" if args.channels else "head")  # effects are the base model's
 
     report = {"ckpt": str(args.ckpt), "task": str(args.task), "extend": about["extend"], "seed": args.seed, "prompts": args.prompts,
-              "lengths": lengths, "sites": [list(site) for site in sites]}
+              "lengths": lengths, "sites": [list(site) for site in sites], "run": prompt_id(repr((pairs, args.dtype)))}
     saved = finished(args, report)
 
     def keep(effects):
@@ -1918,7 +1959,14 @@ def command_demo(args) -> None:
 
 def command_generate(args) -> None:
     model, tokenizer, _ = open_checkpoint(args)
-    ids = tokenizer.prompt(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    try:
+        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+        text.encode()
+    except UnicodeError as e:
+        raise UserError(f"--prompt: is not UTF-8 text ({e})") from e
+    ids = tokenizer.prompt(text)
+    if not text.strip() or len(ids) >= model.config.max_position_embeddings:
+        raise UserError(f"--prompt: is empty, or its {len(ids)} tokens fill the context of {model.config.max_position_embeddings}; see --extend")
     if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
         note(f"warning  {len(ids)} + {args.max_new_tokens} tokens exceed the context of {model.config.max_position_embeddings}; see --extend")
     print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.stop)[0]))
@@ -1938,8 +1986,7 @@ def command_fold(args) -> None:
     try:
         partial.mkdir()
         shards, sizes, index = [[]], [0], {}
-        for name in weights:  # plan: shards of at most 2 GB, so that only so much is in memory at once
-            tensor = weights[name]
+        for _, name, tensor in weights.fitting(config):  # plan: shards of at most 2 GB, so that only so much is in memory at once
             if sizes[-1] + tensor.nbytes > 2e9 and shards[-1]:
                 shards.append([])
                 sizes.append(0)
@@ -1948,6 +1995,8 @@ def command_fold(args) -> None:
         for number, names in enumerate(tqdm(shards, desc="folding", unit="shard"), 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {name: fold(name, weights[name], scales).to(weights[name].dtype).contiguous() for name in names}
+            if odd := [name for name in names if not tensors[name].isfinite().all()]:
+                raise UserError(f"{weights.files[odd[0]]}: {odd[0]} holds NaN or infinity, in itself or with its scales")
             save_file(tensors, partial / file, {"format": "pt"})
             index |= dict.fromkeys(names, file)
         write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
@@ -1978,8 +2027,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {LARGEST}, is {text!r}")
     return int(text)
 
 
@@ -2094,11 +2143,16 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleaning up happens
         args = parse(arguments)
         args.run(args)
+        sys.stdout.flush()
         return 0
     except UserError as e:
         message = " ".join(str(e).split())
-    except torch.OutOfMemoryError as e:
-        message = f"out of memory ({str(e).splitlines()[0]}); try --offload, a shorter --length, or a smaller --dtype"
+    except OSError as e:  # the world's fault: a disk that fills, a file that goes away
+        message = first_line(e)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and "allocate memory" not in str(e):  # the words of a CPU's allocator
+            raise
+        message = f"out of memory ({first_line(e)}); try --offload, a shorter --length, or a smaller --dtype"
     except KeyboardInterrupt:
         note(f"{program}: interrupted; finished work is kept, --resume goes on")
         return 130
