@@ -17,6 +17,7 @@ appears under its name when it is complete and has been read back. Letters in sh
 The map of this file: 1. Tensors  2. Rotary positions  3. Vocabulary  4. Writing  5. Check  6. Command line
 """
 
+import argparse
 import importlib.util
 import math
 import shutil
@@ -42,7 +43,8 @@ from seal import UserError, note
 # 1. Tensors
 # ---------------------------------------------------------------------------------------------------------------------
 
-F32, F16, BF16, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
+TYPES = {name: GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", "q8_0")}
+F32, F16, BF16, Q8_0 = TYPES.values()
 FILE_TYPES = {
     F32: LlamaFileType.ALL_F32,
     F16: LlamaFileType.MOSTLY_F16,
@@ -57,7 +59,7 @@ def encode(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
     """The bytes of a block of rows in a GGUF type: the one and only cast."""
     low, high = tensor.aminmax()
     if not max(-low, high) <= torch.finfo(DTYPES[kind]).max:  # so spelled, NaN fails too
-        raise UserError(f"{name}: holds NaN, infinity or a number beyond {kind.name.lower()}; try --outtype bf16 or f32")
+        raise UserError(f"{name}: holds NaN, infinity or a number too large for {kind.name.lower()}; use bf16 or f32")
     tensor = tensor.to(DTYPES[kind]).contiguous()
     return gguf.quantize(tensor.numpy(), kind) if kind == Q8_0 else tensor.view(torch.uint8).numpy()
 
@@ -113,40 +115,21 @@ def automatic_type(weights: seal.Checkpoint) -> GGMLQuantizationType:
 
 
 def plan(weights: seal.Checkpoint, config: seal.Config, scales: list[Tensor] | None, kind) -> list[Stored]:
-    """Every tensor of the model, in the model's order. UserError unless the checkpoint holds these and no others."""
-    with torch.device("meta"):  # shapes without memory
-        model = seal.Llama(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.endswith(".scale")}
-    sources = {}
-    for source in weights:
-        name = source.removeprefix("model.")
-        if name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight"):
-            continue  # the frequencies come from config.json; without an output.weight llama.cpp takes the embedding
-        if name not in expected or name in sources:
-            raise UserError(f"{weights.files[source]}: holds {source}, which the model in config.json does not have")
-        shape = tuple(weights[source].shape)
-        if shape != expected[name]:
-            wanted = f"config.json says {list(expected[name])}"
-            raise UserError(f"{weights.files[source]}: {source} has shape {list(shape)}, {wanted}")
-        sources[name] = source
-    if missing := [name for name in expected if name not in sources]:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UserError(f"{weights.folder}: the weights lack {missing[0]}{more}")
-
+    """Every tensor of the model; UserError unless the checkpoint holds these and no others, in these shapes."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     orders = {
         "q_proj": interleaved(config.num_attention_heads, config.head_dim),
         "k_proj": interleaved(config.num_key_value_heads, config.head_dim),
     }
     tensors = []
-    for name, shape in expected.items():
-        full = name if name.startswith("lm_head.") else f"model.{name}"
+    for name, source, tensor in weights.fitting(config):
+        full = name if name == "lm_head.weight" else f"model.{name}"
         tensors.append(Stored(
             name=names.get_name(full, try_suffixes=(".weight", ".bias")),
-            source=sources[name],
-            shape=shape,
-            kind=storage_type(shape, kind),
-            read=partial(weights.__getitem__, sources[name]),
+            source=source,
+            shape=tuple(tensor.shape),
+            kind=storage_type(tuple(tensor.shape), kind),
+            read=partial(weights.__getitem__, source),
             order=orders.get(name.split(".")[-2]),
             scales=scales,
         ))
@@ -222,7 +205,7 @@ def add_sentencepiece(writer: gguf.GGUFWriter, folder: Path, hints: dict):
     if any(score % 1 for _, score, kind in pieces.values() if kind == TokenType.NORMAL):
         raise UserError(f"{path}: is a unigram model; llama.cpp runs sentencepiece's BPE only")
     if not any(kind == TokenType.BYTE for _, _, kind in pieces.values()):
-        raise UserError(f"{path}: has no byte pieces; llama.cpp stops at an unknown letter without. Train with byte_fallback")
+        raise UserError(f"{path}: has no byte pieces (byte_fallback); llama.cpp would stop at the first unknown letter")
     if model.normalize(" Ａ  b ").removeprefix("▁▁").removeprefix("▁") != "Ａ▁▁b▁":
         raise UserError(f"{path}: changes its text (NFKC or spaces) before cutting it, which llama.cpp does not")
 
@@ -237,14 +220,14 @@ def add_sentencepiece(writer: gguf.GGUFWriter, folder: Path, hints: dict):
 
 
 def add_byte_level(writer: gguf.GGUFWriter, folder: Path, hints: dict):
-    """Llama 3: tokenizer.json, a byte-level BPE; the order of its merges stands where the scores were. Returns as above."""
+    """Llama 3: tokenizer.json, a byte-level BPE, where the order of the merges is the score. Returns the same three."""
     path = folder / "tokenizer.json"
     raw = seal.read_json(path)
     try:
         model, steps = raw["model"], (raw["pre_tokenizer"] or {}).get("pretokenizers", [])
         split = steps[0]["pattern"]["Regex"] if [step["type"] for step in steps] == ["Split", "ByteLevel"] else None
         if model["type"] != "BPE" or split != LLAMA3_SPLIT or raw["normalizer"] or not model["ignore_merges"]:
-            raise UserError(f"{path}: is not a byte-level BPE that splits as Llama 3 does; llama.cpp would cut text elsewhere")
+            raise UserError(f"{path}: is not a byte-level BPE that splits as Llama 3 does; no other is supported")
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("llama-bpe")
         writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
@@ -267,7 +250,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
         raise UserError(f"{folder}: no tokenizer.model and no tokenizer.json; copy them from the original checkpoint")
 
     if max(pieces) >= rows:
-        raise UserError(f"{folder}: the tokenizer has {max(pieces) + 1} pieces, the model only {rows}; a mix of two models?")
+        raise UserError(f"{folder}: the tokenizer has {max(pieces) + 1} pieces, the model only {rows}; a mix of two?")
     for i, (text, is_special) in added.items():
         if i >= rows:
             note(f"{folder}: token {text!r} left out: its id {i} is beyond the embedding's {rows} rows")
@@ -310,7 +293,8 @@ def export(folder: Path, config: seal.Config, scales, about: dict, outfile: Path
         writer.add_name(folder.resolve().name + ("-seal" if scales else ""))
         if scales:
             facts = ", ".join(f"{key} {about[key]}" for key in ("task", "length", "extend") if key in about)
-            writer.add_description(f"{seal.METHOD[about['mode']]} scales folded into attn_output ({facts}); arXiv 2501.15225")
+            method = seal.METHOD[about["mode"]]
+            writer.add_description(f"{method} scales folded into attn_output ({facts}); arXiv 2501.15225")
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_context_length(config.max_position_embeddings)
@@ -415,7 +399,8 @@ def check(path: Path, folder: Path, config: seal.Config, scales, kind: GGMLQuant
     # Where every argmax along seal.py's answer is the next token of it, llama.cpp's own greedy answer is the same.
     found = llama.logits(tokens)                                        # (T, V)
     same = int((found.argmax(-1)[len(prompt) - 1 : -1] == torch.tensor(answer)).sum())
-    result = f"{same} of {len(answer)} greedy tokens agree with seal.py's, logits within {(found - expected).abs().max():.1e}"
+    worst = (found - expected).abs().max()
+    result = f"{same} of {len(answer)} greedy tokens agree with seal.py's, logits within {worst:.1e}"
     if kind == F32 and same < len(answer):
         raise UserError(f"{path}: in llama.cpp only {result}; please report this checkpoint")
     return result
@@ -426,16 +411,16 @@ def check(path: Path, folder: Path, config: seal.Config, scales, kind: GGMLQuant
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str] | None):
-    p = seal.Parser(prog="export_gguf.py", description=__doc__, formatter_class=seal.argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", type=Path, metavar="DIR", default=seal.TOY, help="checkpoint folder (default: the bundled toy)")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    p = seal.Parser("export_gguf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", metavar="DIR", type=Path, default=seal.TOY, help="checkpoint (default: the bundled toy)")
     p.add_argument("--scales", metavar="PATH", help="or none (default: scales.safetensors, if there is one here)")
-    p.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: as the scales were trained)")
-    p.add_argument("--outfile", type=Path, metavar="PATH", help="(default: DIR[-seal]-OUTTYPE.gguf, here)")
-    p.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "auto"], default="auto",
+    p.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: the scales' own)")
+    p.add_argument("--outfile", metavar="PATH", type=Path, help="(default: DIR[-seal]-OUTTYPE.gguf, here)")
+    p.add_argument("--outtype", choices=[*TYPES, "auto"], default="auto",
                    help="auto: the checkpoint's own 16-bit type, f16 if it has none (default)")
     p.add_argument("--check", action="store_true",
-                   help="run the file in llama.cpp (pip install cyllama) and compare with seal.py; needs memory for float32")
+                   help="run the file in llama.cpp (pip install cyllama) beside seal.py in float32, and compare")
     p.set_defaults(run=run)
     return p.parse_args(arguments)
 
@@ -452,19 +437,21 @@ def run(args) -> None:
     config = seal.extend(config, spec)
     if config.sliding_window and config.sliding_window < config.max_position_embeddings:
         # llama.cpp's "llama" attends to everything; up to the window that is the same.
-        note(f"context cut to {config.sliding_window}, the model's sliding window, which llama.cpp's llama does not have")
+        note(f"context cut to the model's sliding window, {config.sliding_window}, which llama.cpp's llama lacks")
         config = replace(config, max_position_embeddings=config.sliding_window)
-    kind = GGMLQuantizationType[args.outtype.upper()] if args.outtype != "auto" else automatic_type(seal.Checkpoint(args.ckpt))
-    outfile = args.outfile or Path(f"{args.ckpt.resolve().name}{'-seal' if scales else ''}-{kind.name.lower()}.gguf")
+    kind = automatic_type(seal.Checkpoint(args.ckpt)) if args.outtype == "auto" else TYPES[args.outtype]
+    type_name, context = kind.name.lower(), config.max_position_embeddings
+    outfile = args.outfile or Path(f"{args.ckpt.resolve().name}{'-seal' if scales else ''}-{type_name}.gguf")
     seal.check_output(outfile, [args.scales, *(p for p in args.ckpt.iterdir() if p.suffix != ".gguf")])
 
     count = export(args.ckpt, config, scales, about, outfile, kind)
     folded = f"{seal.METHOD[about['mode']]} folded into {len(scales)} o_proj weights" if scales else "no scales"
-    print(f"{outfile}: {outfile.stat().st_size / 1e6:,.1f} MB, {kind.name.lower()}, {count} tensors, {folded}, extension {spec}")
+    size = f"{outfile.stat().st_size / 1e6:,.1f} MB"
+    print(f"{outfile}: {size}, {type_name}, {count} tensors; {folded}; extension {spec}")
     if args.check:
         print(f"check: {check(outfile, args.ckpt, config, scales, kind)}")
-    print(f"try: llama-cli -m {outfile} -c {config.max_position_embeddings}")
-    print(f"or:  llama-server -m {outfile} -c {config.max_position_embeddings}")
+    print(f"try: llama-cli -m {outfile} -c {context}")
+    print(f"or:  llama-server -m {outfile} -c {context}")
 
 
 if __name__ == "__main__":
