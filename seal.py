@@ -730,8 +730,12 @@ def save_scales(path, scales: list[Tensor], config: Config, **facts) -> None:
     mode = "head" if len(scales[0]) == config.num_attention_heads else "channel"
     about = dict(format="seal-1", mode=mode, heads=config.num_attention_heads, head_size=config.head_dim, layers=len(scales)) | facts
     tensors = {f"layers.{i}.scale": s.detach().float().cpu().contiguous() for i, s in enumerate(scales)}
+    data = to_safetensors(tensors, {key: str(value).encode(errors="replace").decode() for key, value in about.items()})
+    end = 8 + int.from_bytes(data[:8], "little")  # of the header, which the library writes in a random order: sorted, equal runs are equal files
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
     with whole_file(path) as partial:
-        partial.write_bytes(to_safetensors(tensors, {key: str(value) for key, value in about.items()}))
+        partial.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], dict]:
@@ -2034,11 +2038,11 @@ def whole_number(text: str) -> int:
 
 def positive(text: str) -> float:
     try:
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) <= 1e6:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"must be a number above 0, is {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1e6, is {text!r}")
 
 
 def percent(text: str) -> float:
