@@ -2005,11 +2005,14 @@ def command_fold(args) -> None:
             index |= dict.fromkeys(names, file)
         write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
         raw = read_json(source / "config.json")
+        raw["_name_or_path"] = f"{raw.get('_name_or_path', '')} {source.resolve().name}".strip()  # for --template auto
         if spec != "none":
             new = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
             rope = {k: v for k, v in extended.rope_scaling.items() if v}  # YaRN's 0 means: the usual factor
             raw |= {"rope_theta": extended.rope_theta, "max_position_embeddings": extended.max_position_embeddings}
-            raw[new] = rope | {"rope_theta": extended.rope_theta} if new == "rope_parameters" else rope if rope["rope_type"] != "default" else None
+            raw[new] = rope | {"rope_theta": extended.rope_theta} if new == "rope_parameters" else None
+            if raw[new] is None and rope["rope_type"] != "default":
+                raw[new] = rope | {"type": rope["rope_type"]}  # releases before 4.43 know only this word for it
             raw.pop("max_sequence_length", None)
         write_json(partial / "config.json", raw)
         for file in source.iterdir():
