@@ -186,12 +186,17 @@ class Config:
         return self.num_attention_heads * self.head_dim
 
 
+def is_meta(folder) -> bool:
+    """Meta's own release says its sizes in params.json."""
+    return (Path(folder) / "params.json").is_file()
+
+
 def read_config(folder) -> Config:
     """The Config in folder/config.json, in the spelling of any transformers release; UserError where it does not hold."""
-    path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
-    raw = read_json(path)
+    path = Path(folder) / ("params.json" if is_meta(folder) else "config.json")
+    raw = read_meta_config(Path(folder)) if is_meta(folder) else read_json(path)
 
     def number(key, default=None, kind=int, low=1, source=raw, high=None):
         high = high or (LARGEST if kind is int else 1e15)
@@ -509,7 +514,7 @@ class Llama(nn.Module):
         rope = ((angles.cos() * self.magnitude).to(x.dtype), (angles.sin() * self.magnitude).to(x.dtype))
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             for layer in self.layers:
-                if self.frozen and torch.is_grad_enabled():
+                if self.frozen and torch.is_grad_enabled() and cache is None:
                     x = Recompute.apply(x, layer.self_attn.scale, layer, rope, self.keep)
                 else:
                     x = layer(x, rope, mask, cache)
@@ -660,11 +665,14 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, on the CPU, memory-mapped where the file allows it."""
-        tensor = self._open(self.files[name], lambda tensors: tensors[name](name))
+        return self._tensor(self.files[name], name)
+
+    def _tensor(self, path: Path, name: str) -> Tensor:
+        tensor = self._open(path, lambda tensors: tensors[name](name))
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise UserError(f"{self.files[name]}: {name} is {str(tensor.dtype)[6:]}; quantised checkpoints are not supported, use the original")
+            raise UserError(f"{path}: {name} is {str(tensor.dtype)[6:]}; quantised checkpoints are not supported, use the original")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise UserError(f"{self.files[name]}: {name} is not a plain tensor; save the checkpoint again as safetensors")
+            raise UserError(f"{path}: {name} is not a plain tensor; save the checkpoint again as safetensors")
         return tensor
 
     def __iter__(self):
@@ -689,12 +697,73 @@ class Checkpoint:
             raise UserError(f"{self.folder}: the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
 
 
+class MetaCheckpoint(Checkpoint):
+    """Meta's own release of Llama 1 and 2 (params.json, consolidated.NN.pth), under Hugging Face's names.
+
+    Of the larger models, each file holds a slice of every matrix. And Meta rotates neighbouring channels (2i, 2i + 1)
+    as a pair where Hugging Face takes (i, i + d/2), so the rows of q and k are put into that order.
+    """
+
+    NAMES = {  # Meta's: Hugging Face's, and the dimension along which files hold slices
+        "tok_embeddings": ("embed_tokens", 1), "norm": ("norm", None), "output": ("lm_head", 0),
+        "attention_norm": ("input_layernorm", None), "ffn_norm": ("post_attention_layernorm", None),
+        "attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0),
+        "attention.wv": ("self_attn.v_proj", 0), "attention.wo": ("self_attn.o_proj", 1),
+        "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w2": ("mlp.down_proj", 1),
+        "feed_forward.w3": ("mlp.up_proj", 0),
+    }
+
+    def __init__(self, folder):
+        self.folder, self.slices = Path(folder), sorted(Path(folder).glob("consolidated.*.pth"))
+        if not self.slices:
+            raise UserError(f"{folder}: no weights; expected consolidated.00.pth beside params.json")
+        self.sources = {}
+        for name in self._names(self.slices[0]) - {"rope.freqs"}:
+            layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+            ours, dim = self.NAMES.get(part, (part, None))
+            self.sources[f"{layer}{ours}.weight"] = (name, dim)
+        self.files = dict.fromkeys(self.sources, self.slices[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, dim = self.sources[name]
+        files = self.slices if dim is not None else self.slices[:1]
+        parts = [self._tensor(file, source) for file in files]
+        tensor = torch.cat(parts, dim) if parts[1:] else parts[0]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            params = read_json(self.folder / "params.json")
+            d = params["dim"] // params["n_heads"]
+            tensor = tensor.view(-1, d // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)  # from (heads, d/2, 2, D)
+        return tensor
+
+
+def open_weights(folder) -> Checkpoint:
+    return MetaCheckpoint(folder) if is_meta(folder) else Checkpoint(folder)
+
+
+def read_meta_config(folder: Path) -> dict:
+    """Meta's params.json in config.json's terms. It leaves out what the shapes of the weights tell, and the context."""
+    params, weights = read_json(folder / "params.json"), MetaCheckpoint(folder)
+    rows = lambda name: weights[name].shape[0]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": params.get("dim"),
+        "num_hidden_layers": params.get("n_layers"),
+        "num_attention_heads": params.get("n_heads"),
+        "num_key_value_heads": params.get("n_kv_heads"),
+        "rms_norm_eps": params.get("norm_eps"),
+        "rope_theta": params.get("rope_theta"),
+        "vocab_size": rows("embed_tokens.weight"),
+        "intermediate_size": rows("layers.0.mlp.gate_proj.weight"),
+        "max_position_embeddings": 4096 if params.get("norm_eps") == 1e-5 else 2048,  # how Llama 2 and 1 differ
+    }
+
+
 def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
     """The frozen model, its scales at one. dtype None: the checkpoint's own on an accelerator, float32 on a CPU.
 
     Every tensor of the files is used and every parameter of the model filled, or it is a UserError.
     """
-    weights = Checkpoint(folder)
+    weights = open_weights(folder)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
     for short, name, tensor in tqdm(weights.fitting(config), desc="loading", unit=" tensors", leave=False, delay=1):
@@ -1985,7 +2054,7 @@ def command_fold(args) -> None:
     extended = extend(config, spec)
     if out.exists():
         raise UserError(f"{out}: exists already; give a new folder")
-    weights = Checkpoint(source)
+    weights = open_weights(source)
     partial = check_output(out.parent / f".{out.name}.{os.getpid()}.part")
     try:
         partial.mkdir()
@@ -2146,23 +2215,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(program: str, parse, arguments: list[str] | None = None) -> int:
     """Parse, run the command, and turn every way of ending into an exit status: 2 for a user's mistake, in one line."""
+    stopped = []
+
+    def stop(number, _):  # cleans up on the way out; remembered, as a library may turn it into an error of its own
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleaning up happens
         args = parse(arguments)
         args.run(args)
         sys.stdout.flush()
         return 0
-    except UserError as e:
-        message = " ".join(str(e).split())
-    except OSError as e:  # the world's fault: a disk that fills, a file that goes away
-        message = first_line(e)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if type(e) is RuntimeError and "allocate memory" not in str(e):  # the words of a CPU's allocator
+    except BaseException as e:
+        if stopped:
+            note(f"{program}: interrupted; finished work is kept, --resume goes on")
+            return 128 + stopped[0]
+        if isinstance(e, UserError):
+            message = " ".join(str(e).split())
+        elif isinstance(e, OSError):  # the world's fault: a disk that fills, a file that goes away
+            message = first_line(e)
+        elif isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):  # a CPU's allocator says so
+            message = f"out of memory ({first_line(e)}); try --offload, a shorter --length, or a smaller --dtype"
+        else:
             raise
-        message = f"out of memory ({first_line(e)}); try --offload, a shorter --length, or a smaller --dtype"
-    except KeyboardInterrupt:
-        note(f"{program}: interrupted; finished work is kept, --resume goes on")
-        return 130
     note(f"{program}: error: {message}")
     return 2
 
