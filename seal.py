@@ -144,6 +144,11 @@ def read_json(path: Path) -> dict:
     return data
 
 
+def optional_json(path: Path) -> dict:
+    """The JSON object in a file that a checkpoint may lack: empty then."""
+    return read_json(path) if path.is_file() else {}
+
+
 def write_json(path, data) -> None:
     with whole_file(path) as partial:
         partial.write_text(json.dumps(data, indent=2) + "\n")
@@ -285,7 +290,7 @@ def read_config(folder) -> Config:
 ROPE_KINDS = {
     "default": {},
     "linear": {"factor": None},
-    "llama3": {"factor": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    "llama3": {"factor": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": None},
     "yarn": {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.0},
 }
 
@@ -871,12 +876,12 @@ TEMPLATES = {
 
 def guess_template(folder: Path) -> tuple[str, str]:
     """(template, why): from the checkpoint's own chat template, else from its name."""
-    path = folder / "tokenizer_config.json"
-    chat = read_json(path).get("chat_template") if path.is_file() else None
+    jinja = folder / "chat_template.jinja"  # where newer releases keep it
+    chat = jinja.read_text("utf-8", "replace") if jinja.is_file() else optional_json(folder / "tokenizer_config.json").get("chat_template")
     for mark, name in (("<|start_header_id|>", "llama-3"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"), ("ASSISTANT", "vicuna")):
         if chat and mark in str(chat):
-            return name, f"tokenizer_config.json's chat template has {mark}"
-    name = f"{folder.resolve().name} {read_json(folder / 'config.json').get('_name_or_path', '')}".lower()
+            return name, f"its chat template has {mark}"
+    name = f"{folder.resolve().name} {optional_json(folder / 'config.json').get('_name_or_path', '')}".lower()
     for pattern, template in (("vicuna|longchat", "vicuna"), ("llama-2.*chat", "llama-2"), ("mistral.*instruct", "mistral"), ("llama-3.*instruct", "llama-3")):
         if re.search(pattern, name):
             return template, f"the name has {pattern}"
@@ -905,7 +910,7 @@ class Tokenizer:
             raise UserError(f"--template {name}: the tokenizer has no {TEMPLATES[name][2] or 'end-of-text token'}; choose another template")
         self.stop = {self.end, self.eos} - {None}
         for file in ("config.json", "generation_config.json"):
-            ids = read_json(folder / file).get("eos_token_id") if (folder / file).is_file() else None
+            ids = optional_json(folder / file).get("eos_token_id")
             self.stop |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
 
     def _sentencepiece(self, folder: Path) -> None:
@@ -941,8 +946,7 @@ class Tokenizer:
             model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the package raises bare Exceptions
             raise UserError(f"{path}: is not a tokenizer ({e})") from e
-        hints = path.with_name("tokenizer_config.json")
-        hints = read_json(hints) if hints.is_file() else {}
+        hints = optional_json(path.with_name("tokenizer_config.json"))
         token = lambda key: hints[key].get("content") if isinstance(hints.get(key), dict) else hints.get(key)
         self.encode = lambda text: model.encode(text, add_special_tokens=False).ids
         self.decode = model.decode
@@ -968,13 +972,10 @@ class Tokenizer:
 
 def added_tokens(folder: Path) -> dict[str, int]:
     """Tokens outside tokenizer.model, {text: id}: added_tokens.json, else added_tokens_decoder in tokenizer_config.json."""
-    added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
-    tokens = {}
     try:
-        if config.is_file():
-            tokens = {str(t["content"]): int(i) for i, t in read_json(config).get("added_tokens_decoder", {}).items()}
-        if added.is_file():
-            tokens |= {token: int(i) for token, i in read_json(added).items()}
+        decoder = optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        tokens = {str(t["content"]): int(i) for i, t in decoder.items()}
+        tokens |= {token: int(i) for token, i in optional_json(folder / "added_tokens.json").items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json has broken added tokens ({e!r})") from e
     if any(i < 0 or not token for token, i in tokens.items()):
@@ -2073,7 +2074,7 @@ def command_fold(args) -> None:
             save_file(tensors, partial / file, {"format": "pt"})
             index |= dict.fromkeys(names, file)
         write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
-        raw = read_json(source / "config.json")
+        raw = read_meta_config(source) | {"model_type": "llama"} if is_meta(source) else read_json(source / "config.json")
         raw["_name_or_path"] = f"{raw.get('_name_or_path', '')} {source.resolve().name}".strip()  # for --template auto
         if spec != "none":
             new = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
@@ -2085,7 +2086,7 @@ def command_fold(args) -> None:
             raw.pop("max_sequence_length", None)
         write_json(partial / "config.json", raw)
         for file in source.iterdir():
-            if file.name != "config.json" and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")) and "index" not in file.name:
+            if file.name not in ("config.json", "params.json") and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")) and "index" not in file.name:
                 shutil.copyfile(file, partial / file.name)
         os.replace(partial, out)
     except (OSError, SafetensorError) as e:
