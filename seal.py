@@ -2222,8 +2222,9 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
         stopped.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background may have been told to ignore Ctrl-C
+            signal.signal(number, stop)
     try:
         args = parse(arguments)
         args.run(args)
