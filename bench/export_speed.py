@@ -3,8 +3,8 @@
     python bench/export_speed.py [--dir FOLDER] [--layers 16] [--outtypes auto,f16,q8_0] [--repeats 3]
 
 Makes a bfloat16 checkpoint in four shards in a temporary folder (2.3 GB; as much again for each result), then prints
-for each out type the seconds of the export, its peak memory, the seconds of plainly copying as many bytes as it
-reads, and the ratio. Both ends on a sync. Run it on an idle machine; the checkpoint is in the page cache for both.
+for each out type the seconds of the export (on the clock, and of processor), its peak memory, the seconds of plainly
+copying as many bytes as it reads, and the ratio of the clocks. Both ends on a sync. Run it on an idle machine; the checkpoint is in the page cache for both.
 """
 
 import argparse
@@ -77,12 +77,12 @@ def copy(sources: list[Path], target: Path) -> None:
                     out.write(block)
 
 
-def peak_of(command: list) -> float:
-    """Run a command to its end; its largest resident memory in MB."""
+def run(command: list) -> tuple[float, float]:
+    """Run a command to its end: its largest resident memory in MB, and the seconds of processor it took."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, process.returncode, usage = os.wait4(process.pid, 0)
     assert process.returncode == 0, "the export failed"
-    return usage.ru_maxrss / 1024
+    return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -101,19 +101,21 @@ def main() -> None:
         shards = sorted(folder.glob("*.safetensors"))
         size = sum(f.stat().st_size for f in shards)
         print(f"{size / 2e9:.2f}B parameters, {size / 1e9:.2f} GB in {len(shards)} shards, {os.cpu_count()} cores")
-        print(f"{'out type':10}{'export s':>10}{'peak MB':>10}{'copy s':>10}{'ratio':>8}{'out GB':>8}")
+        print(f"{'out type':10}{'export s':>10}{'CPU s':>8}{'peak MB':>10}{'copy s':>10}{'ratio':>8}{'out GB':>8}")
         for outtype in args.outtypes.split(","):
             command = [sys.executable, ROOT / "export_gguf.py", "--ckpt", folder, "--outtype", outtype]
             command += ["--outfile", target, "--scales", folder.parent / "scales.safetensors"]
-            exporting, copying, peaks = [], [], []
+            exporting, copying, usage = [], [], []
             for _ in range(args.repeats):  # in turns; the best of each, as other work on the machine only adds
-                exporting.append(seconds(lambda: peaks.append(peak_of(command))))
+                exporting.append(seconds(lambda: usage.append(run(command))))
                 written = target.stat().st_size
                 target.unlink()
                 copying.append(seconds(lambda: copy(shards, target)))
                 target.unlink()
             best, plain = min(exporting), min(copying)
-            print(f"{outtype:10}{best:10.1f}{max(peaks):10.0f}{plain:10.1f}{best / plain:8.2f}{written / 1e9:8.2f}")
+            peak, processor = max(usage)[0], min(u[1] for u in usage)
+            times = f"{best:10.1f}{processor:8.1f}{peak:10.0f}{plain:10.1f}{best / plain:8.2f}"
+            print(f"{outtype:10}{times}{written / 1e9:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
