@@ -286,7 +286,8 @@ def read_config(folder) -> Config:
 # freq_0 = 1 radian per token tells neighbours apart; the last pair turns once in 60,000 tokens. Every context
 # extension is a table of other frequencies: nothing is trained.
 
-# Kinds of rope_scaling in config.json, with their parameters and defaults (None: must be given).
+# Kinds of rope_scaling in config.json, with their parameters and defaults. None: must be given, or, for the original
+# context, is the model's. YaRN's attention_factor of 0 means the usual one, 0.1 ln(factor) + 1.
 ROPE_KINDS = {
     "default": {},
     "linear": {"factor": None},
@@ -424,7 +425,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
+    """One layer: attention, then feed-forward, each added to the residual stream.
+
+    In two halves, because training takes them apart (Recompute, below).
+    """
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -444,47 +448,6 @@ class Block(nn.Module):
         return self.feed_chunks(x)             # here each is on its own
 
 
-class Recompute(torch.autograd.Function):
-    """A block of a frozen model that keeps little for the way back, and computes the rest a second time there.
-
-    Kept are the block's input and, if memory allows (`keep`), the attention's output. Going back, the block is
-    computed again with a graph, and just two gradients are asked for: the input's and the scale's. The inside of the
-    feed-forward, several times wider than the stream, is never whole in memory: each chunk of the sequence goes
-    forward and back before the next, and as no weight needs a gradient, down_proj need not be repeated.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope, keep: bool) -> Tensor:
-        first, ctx.again = create_selective_checkpoint_contexts(keep_attention) if keep else (nullcontext(), nullcontext())
-        ctx.block, ctx.rope = block, rope
-        ctx.save_for_backward(x)
-        with torch.enable_grad(), first:  # with gradients on, so that attention takes the same path both times
-            middle = block.attend(x.detach().requires_grad_(), rope).detach()
-        return block.feed_chunks(middle)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (x,), block = ctx.saved_tensors, ctx.block
-        with torch.enable_grad():
-            with ctx.again:
-                x = x.detach().requires_grad_()
-                middle = block.attend(x, ctx.rope)  # (B, T, D)
-            parts = []
-            for part, grad_part in zip(middle.detach().split(CHUNK, dim=1), grad.split(CHUNK, dim=1)):
-                inside = block.mlp.inside(block.post_attention_layernorm(part.requires_grad_()))
-                grad_inside = grad_part @ block.mlp.down_proj.weight
-                parts.append(grad_part + torch.autograd.grad(inside, part, grad_inside)[0])
-            inputs = [block.self_attn.scale] + [x] * ctx.needs_input_grad[0]  # nothing below the first block is trained
-            grads = torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1))
-        return grads[1] if ctx.needs_input_grad[0] else None, grads[0], None, None, None
-
-
-def keep_attention(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    """What to keep of a block: attention is the one part whose cost grows with the square of the length."""
-    kept = "scaled_dot_product" in str(operation)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Llama(nn.Module):
     """Embedding, L blocks, a norm, and the output matrix."""
 
@@ -493,7 +456,7 @@ class Llama(nn.Module):
         self.config = config
         self.frozen = False   # all but the scales, see set_scales
         self.offload = False  # while training, keep the blocks' inputs in host memory
-        self.keep = True      # while training, keep the attention's outputs
+        self.keep_attention = True  # while training, keep the attention's outputs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -511,7 +474,7 @@ class Llama(nn.Module):
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:
-            positions = cache.place(positions)                   # (B, T)
+            positions = cache.next_positions(T)                  # (B, T)
             if cache.width:                                      # rows may differ in length: look only at what is there
                 mask = (torch.arange(S, device=tokens.device) <= positions[..., None])[:, None]  # (B, 1, T, S)
         x = self.embed_tokens(tokens)                            # (B, T, D)
@@ -520,12 +483,11 @@ class Llama(nn.Module):
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             for layer in self.layers:
                 if self.frozen and torch.is_grad_enabled() and cache is None:
-                    x = Recompute.apply(x, layer.self_attn.scale, layer, rope, self.keep)
+                    x = Recompute.apply(x, layer.self_attn.scale, layer, rope, self.keep_attention)
                 else:
                     x = layer(x, rope, mask, cache)
         if cache is not None:
-            cache.width = S
-            cache.lengths = cache.lengths + T
+            cache.advance(T)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -559,6 +521,7 @@ class Cache:
 
     Prompts are padded on the right. While a prompt is read, causality keeps its tokens from seeing the padding; after
     that `lengths` says where each row ends, new tokens overwrite the padding, and the mask hides what is left of it.
+    Llama.forward asks for the positions of new tokens, lets every layer append at them, and advances.
     """
 
     def __init__(self, model: Llama, batch: int, size: int):
@@ -569,9 +532,9 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.width = 0  # columns in use, the longest row's
 
-    def place(self, offsets: Tensor) -> Tensor:
-        """Positions (B, T) of the next tokens of each row."""
-        self.positions = self.lengths[:, None] + offsets
+    def next_positions(self, T: int) -> Tensor:
+        """Positions (B, T) of the next T tokens of each row."""
+        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         return self.positions
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -580,6 +543,10 @@ class Cache:
         self.v[layer][self.rows, :, self.positions] = v.transpose(1, 2)
         S = self.width + k.shape[2]
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def advance(self, T: int) -> None:
+        self.lengths = self.lengths + T
+        self.width += T
 
 
 @torch.no_grad()
@@ -608,6 +575,53 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
         if not running:
             break
     return answers
+
+
+# --- the same with less memory: what a block keeps while training ---
+
+
+class Recompute(torch.autograd.Function):
+    """A block of a frozen model that keeps little for the way back, and computes the rest a second time there.
+
+    Kept are the block's input and, if memory allows (`keep`), the attention's output. Going back, the block is
+    computed again with a graph, and just two gradients are asked for: the input's and the scale's. The inside of the
+    feed-forward, several times wider than the stream, is never whole in memory: each chunk of the sequence goes
+    forward and back before the next, and as no weight needs a gradient, down_proj need not be repeated.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope, keep: bool) -> Tensor:
+        first = ctx.again = nullcontext()
+        if keep:
+            first, ctx.again = create_selective_checkpoint_contexts(attention_policy)
+        ctx.block, ctx.rope = block, rope
+        ctx.save_for_backward(x)
+        with torch.enable_grad(), first:  # with gradients on, so that attention takes the same path both times
+            middle = block.attend(x.detach().requires_grad_(), rope).detach()
+        return block.feed_chunks(middle)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """grad (B, T, D) of the block's output."""
+        (x,), block = ctx.saved_tensors, ctx.block
+        with torch.enable_grad():
+            with ctx.again:
+                x = x.detach().requires_grad_()
+                middle = block.attend(x, ctx.rope)  # (B, T, D)
+            parts = []
+            for part, grad_part in zip(middle.detach().split(CHUNK, dim=1), grad.split(CHUNK, dim=1)):
+                inside = block.mlp.inside(block.post_attention_layernorm(part.requires_grad_()))
+                grad_inside = grad_part @ block.mlp.down_proj.weight
+                parts.append(grad_part + torch.autograd.grad(inside, part, grad_inside)[0])
+            inputs = [block.self_attn.scale] + [x] * ctx.needs_input_grad[0]  # nothing below the first block is trained
+            grads = torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1))
+        return grads[1] if ctx.needs_input_grad[0] else None, grads[0], None, None, None
+
+
+def attention_policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """What to keep of a block: attention is the one part whose cost grows with the square of the length."""
+    kept = "scaled_dot_product" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,20 +738,25 @@ class MetaCheckpoint(Checkpoint):
             raise UserError(f"{folder}: no weights; expected consolidated.00.pth beside params.json")
         self.sources = {}
         for name in self._names(self.slices[0]) - {"rope.freqs"}:
-            layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+            layer, part = re.fullmatch(r"(?s)(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
             ours, dim = self.NAMES.get(part, (part, None))
             self.sources[f"{layer}{ours}.weight"] = (name, dim)
         self.files = dict.fromkeys(self.sources, self.slices[0])
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sources:
+            raise UserError(f"{self.folder}: the weights lack {name}")
         source, dim = self.sources[name]
         files = self.slices if dim is not None else self.slices[:1]
         parts = [self._tensor(file, source) for file in files]
-        tensor = torch.cat(parts, dim) if parts[1:] else parts[0]
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            params = read_json(self.folder / "params.json")
-            d = params["dim"] // params["n_heads"]
-            tensor = tensor.view(-1, d // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)  # from (heads, d/2, 2, D)
+        try:
+            tensor = torch.cat(parts, dim) if parts[1:] else parts[0]
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                params = read_json(self.folder / "params.json")
+                d = params["dim"] // params["n_heads"]
+                tensor = tensor.view(-1, d // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)  # from (heads, d/2, 2, D)
+        except (RuntimeError, IndexError) as e:
+            raise UserError(f"{files[0]}: {source} has a shape that fits neither params.json nor other slices ({first_line(e)})") from e
         return tensor
 
 
@@ -748,7 +767,7 @@ def open_weights(folder) -> Checkpoint:
 def read_meta_config(folder: Path) -> dict:
     """Meta's params.json in config.json's terms. It leaves out what the shapes of the weights tell, and the context."""
     params, weights = read_json(folder / "params.json"), MetaCheckpoint(folder)
-    rows = lambda name: weights[name].shape[0]
+    rows = lambda name: (*weights[name].shape, None)[0]
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": params.get("dim"),
@@ -799,17 +818,18 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
     return model
 
 
+def mode_of(scales: list[Tensor], config: Config) -> str:
+    return "head" if len(scales[0]) == config.num_attention_heads else "channel"
+
+
 def save_scales(path, scales: list[Tensor], config: Config, **facts) -> None:
     """Write scales.safetensors: `layers.{i}.scale`, float32, and how they came about as metadata (strings)."""
-    mode = "head" if len(scales[0]) == config.num_attention_heads else "channel"
-    about = dict(format="seal-1", mode=mode, heads=config.num_attention_heads, head_size=config.head_dim, layers=len(scales)) | facts
-    tensors = {f"layers.{i}.scale": s.detach().float().cpu().contiguous() for i, s in enumerate(scales)}
-    data = to_safetensors(tensors, {key: str(value).encode(errors="replace").decode() for key, value in about.items()})
-    end = 8 + int.from_bytes(data[:8], "little")  # of the header, which the library writes in a random order: sorted, equal runs are equal files
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
+    about = {"format": "seal-1", "mode": mode_of(scales, config), "heads": config.num_attention_heads,
+             "head_size": config.head_dim, "layers": len(scales)} | facts
+    tensors = {f"layers.{i}.scale": s.detach().float().cpu().clone() for i, s in enumerate(scales)}
+    about = {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
     with whole_file(path) as partial:
-        partial.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+        partial.write_bytes(to_safetensors(tensors, about))
 
 
 def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], dict]:
@@ -898,7 +918,7 @@ class Tokenizer:
         name, why = guess_template(folder) if template == "auto" else (template, "asked for")
         self.template, self.why = name, why
         if (folder / "tokenizer.model").is_file():
-            self._sentencepiece(folder)
+            self._sentencepiece(folder, config.vocab_size)
         elif (folder / "tokenizer.json").is_file():
             self._tokenizers(folder / "tokenizer.json")
         else:
@@ -913,13 +933,14 @@ class Tokenizer:
             ids = optional_json(folder / file).get("eos_token_id")
             self.stop |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
 
-    def _sentencepiece(self, folder: Path) -> None:
+    def _sentencepiece(self, folder: Path, rows: int) -> None:
         """Llama 1 and 2, Mistral: tokenizer.model, plus pieces that were added later in other files."""
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (RuntimeError, OSError) as e:
             raise UserError(f"{folder / 'tokenizer.model'}: is not a sentencepiece model; download it again") from e
-        self.added = added_tokens(folder)
+        hints = optional_json(folder / "tokenizer_config.json")
+        self.added = {token: i for token, i in added_tokens(folder).items() if i < rows}  # some lack a row in the embedding
         pieces = {token: i for token, i in self.added.items() if i >= model.vocab_size()}
         split = re.compile("(" + "|".join(map(re.escape, pieces)) + ")") if pieces else None
 
@@ -934,6 +955,8 @@ class Tokenizer:
         self.encode, self.decode = encode, decode
         self.id = lambda piece: self.added.get(piece, model.piece_to_id(piece) if model.piece_to_id(piece) != model.unk_id() else None)
         self.bos, self.eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
+        if hints.get("add_bos_token") is False:
+            self.bos = None
         self.size = max([model.vocab_size(), *(i + 1 for i in self.added.values())])
 
     def _tokenizers(self, path: Path) -> None:
@@ -1063,16 +1086,19 @@ NOUNS = """
 """.split()
 
 
+KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 8,010: enough for 31K tokens and more
+LONG_KEYS = KEYS + [f"{adjective}-{key}" for adjective in ADJECTIVES for key in KEYS]
+
+
 def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int) -> Sample:
     """A record of `line adjective-noun: REGISTER_CONTENT is <number>` that fills `length` tokens, and one question.
 
     Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform over the record.
     """
-    limit = min(len(ADJECTIVES) * len(NOUNS), length // 4 + 1)  # no line is shorter than four tokens
-    picks = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), limit)
-    keys = [f"{ADJECTIVES[p // len(NOUNS)]}-{NOUNS[p % len(NOUNS)]}" for p in picks]
+    limit = length // 4 + 1  # no line is shorter than four tokens
+    keys = rng.sample(KEYS if limit <= len(KEYS) else LONG_KEYS, min(limit, len(LONG_KEYS)))
     numbers = [rng.randint(1, 50000) for _ in keys]
-    asked = rng.random()  # as a fraction of the record, since its length is not known yet
+    asked = rng.random()  # of the record, as a share: whatever its length will be, each line is as likely as any other
 
     def make(n: int) -> Sample:
         lines = "".join(LINE.format(key=k, number=x) for k, x in zip(keys[:n], numbers))
@@ -1233,7 +1259,8 @@ def make_samples(task, tokenizer, config, length, count, split, seed=0, depths=N
 def paper_lr(task: str, mode: str, config: Config) -> float:
     """The paper's learning rate (section 6, appendix A)."""
     if task == "needle":
-        return 4e-2 if mode == "head" else 5e-2  # the paper names these two values
+        # The paper names 4e-2 and 5e-2 without saying which is which, and 4e-4 for Mistral's SEAL-C: set --lr there.
+        return 4e-2 if mode == "head" else 5e-2
     if mode == "head" and config.num_hidden_layers < 40:
         return 1e-2                              # line retrieval and question answering, 7B
     return 2e-2                                  # SEAL-C; SEAL-H from 13B (40 layers) up
@@ -1279,9 +1306,9 @@ def plan_memory(model: Llama, tokens: int, offload: bool) -> str:
     outputs = tokens * c.channels() * c.num_hidden_layers * weight.element_size()
     room = torch.cuda.mem_get_info(weight.device)[0] / 2 if weight.is_cuda else math.inf
     model.offload = offload or inputs > room
-    model.keep = not model.offload and inputs + outputs < room
+    model.keep_attention = not model.offload and inputs + outputs < room
     kept = f"{inputs / 2**30:.2f} GB of block inputs in {'host' if model.offload else 'device'} memory"
-    return kept + (f" and {outputs / 2**30:.2f} GB of attention outputs" if model.keep else ", attention is computed twice")
+    return kept + (f" and {outputs / 2**30:.2f} GB of attention outputs" if model.keep_attention else ", attention is computed twice")
 
 
 def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resume: bool = False, recipe=None) -> list[float]:
@@ -1293,8 +1320,8 @@ def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resu
     """
     scales = model.scales()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = model.config.num_attention_heads if len(scales[0]) == model.config.num_attention_heads else model.config.channels()
-    assert trainable == size * model.config.num_hidden_layers, "something besides the scales would be trained"
+    per_layer = model.config.num_attention_heads if mode_of(scales, model.config) == "head" else model.config.channels()
+    assert trainable == per_layer * model.config.num_hidden_layers, "something besides the scales would be trained"
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
     losses = []
     if resume:
@@ -1485,7 +1512,8 @@ def plot_scores(path, results: dict[str, list[dict]]) -> None:
 # 10. Heads
 # ---------------------------------------------------------------------------------------------------------------------
 # Which heads help and which hurt (section 3). The effect of a head is the change that pruning it makes: prune a
-# helpful head and the loss rises. A site is (layer, index into that layer's scales): a head, or a channel.
+# helpful head and the loss rises. Its gain is the same seen the other way, as tables and pictures show it: what
+# pruning wins, so that a harmful head has a positive one. A site is (layer, index into that layer's scales).
 
 
 def gradient_effects(model: Llama, pairs, sites) -> list[dict]:
@@ -1693,6 +1721,8 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
     note(f"model    {args.ckpt}: {config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim} channels, "
          f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters, {str(weight.dtype)[6:]} on {weight.device}")
     note(f"context  {config.max_position_embeddings:,} tokens, extension {about['extend']}; template {tokenizer.template} ({tokenizer.why})")
+    if about.get("template", tokenizer.template) != tokenizer.template:
+        note(f"warning  the scales were trained with the template {about['template']}; --template {about['template']} uses it again")
     if scales:
         note(f"scales   {args.scales}: {METHOD[about['mode']]}, trained on {about.get('samples')} samples of {about.get('task')} at {about.get('length')} tokens")
     return model, tokenizer, about
@@ -1728,7 +1758,7 @@ def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> li
             cells.setdefault((length, s.depth), []).append(s)
     if not cells:
         raise UserError(f"--task {args.task}: every prompt in it was trained on; evaluate on another file")
-    return list(cells.values())
+    return [cells[key] for key in sorted(cells, key=lambda key: (key[0], key[1] or 0))]
 
 
 def check_outputs(args, *flags: str) -> None:
@@ -1766,6 +1796,7 @@ def command_train(args) -> None:
     recipe = {
         "checkpoint": Path(args.ckpt).resolve().name, "mode": args.mode, "extend": about["extend"], "task": str(args.task),
         "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr, "seed": args.seed,
+        "template": tokenizer.template,
     }
     model.reset_scales(args.mode)
     note(f"memory   {plan_memory(model, length, args.offload)}")
@@ -2232,7 +2263,7 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
         return 0
     except BaseException as e:
         if stopped:
-            note(f"{program}: interrupted; finished work is kept, --resume goes on")
+            note(f"{program}: interrupted; finished work is kept")
             return 128 + stopped[0]
         if isinstance(e, UserError):
             message = " ".join(str(e).split())
