@@ -184,7 +184,7 @@ class Config:
 
     def __post_init__(self):
         if self.max_position_embeddings > LARGEST:
-            raise UserError(f"a context of {self.max_position_embeddings:,} tokens is more than {LARGEST:,}; stretch it less")
+            raise UserError(f"a context of {self.max_position_embeddings:,} tokens: is above {LARGEST:,}; stretch it less")
 
     def channels(self) -> int:
         """H * d: the width of the concatenated heads, which is what o_proj reads."""
@@ -270,7 +270,7 @@ def read_config(folder) -> Config:
         head_dim=head_dim,
         max_position_embeddings=context,
         rms_norm_eps=number("rms_norm_eps", default=1e-6, kind=float, low=0),
-        rope_theta=number("rope_theta", default=number("rope_theta", default=1e4, kind=float, low=2), kind=float, low=2, source=rope),
+        rope_theta=number("rope_theta", number("rope_theta", 1e4, float, low=2), float, low=2, source=rope),
         rope_scaling=scaling,
         sliding_window=None if window is None else number("sliding_window", default=window),
         tie_word_embeddings=flag("tie_word_embeddings"),
@@ -565,7 +565,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
             last = model(token[:, None], cache)[:, -1]
         logits = model.logits(last)  # (B, V)
         if logits.isnan().any():
-            raise UserError(f"the model's output is not a number in {str(model.embed_tokens.weight.dtype)[6:]}; try another --dtype, or other scales")
+            dtype = str(model.embed_tokens.weight.dtype)[6:]
+            raise UserError(f"the model's output is not a number in {dtype}; try another --dtype, or other scales")
         token = logits.argmax(-1)  # (B,)
         for row, t in enumerate(token.tolist()):
             if row in running and t in stop:
@@ -671,7 +672,8 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as file:
                     return use({name: file.get_tensor for name in file.keys()})
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
+            pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+            if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
                 raise UserError(f"{path}: must hold a dictionary of names and tensors")
             return use({name: tensors.get for name in tensors})
         except UserError:
@@ -698,7 +700,7 @@ class Checkpoint:
         return iter(sorted(self.files))
 
     def fitting(self, config: Config):
-        """(name in the model, name in the files, tensor) of every weight; UserError unless the two hold the same ones."""
+        """(name in the model, in the files, tensor) of every weight; UserError unless both hold the same ones."""
         with torch.device("meta"):  # shapes without memory
             missing = dict(Llama(config).named_parameters())
         for name in self:
@@ -706,14 +708,14 @@ class Checkpoint:
             if short.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and short == "lm_head.weight"):
                 continue  # the frequencies come from config.json; a tied output matrix is the embedding
             if short not in missing or short.endswith("scale"):
-                raise UserError(f"{self.files[name]}: holds {name}, which the model in config.json does not have, or not twice")
-            tensor, expected = self[name], missing.pop(short).shape
-            if tensor.shape != expected:
-                raise UserError(f"{self.files[name]}: {name} has shape {list(tensor.shape)}, config.json says {list(expected)}")
+                raise UserError(f"{self.files[name]}: holds {name}, which the model in config.json has not, or not twice")
+            tensor, shape = self[name], list(missing.pop(short).shape)
+            if list(tensor.shape) != shape:
+                raise UserError(f"{self.files[name]}: {name} has shape {list(tensor.shape)}, config.json says {shape}")
             yield short, name, tensor
-        missing = [name for name in missing if not name.endswith("scale")]
-        if missing:
-            raise UserError(f"{self.folder}: the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        if missing := [name for name in missing if not name.endswith("scale")]:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise UserError(f"{self.folder}: the weights lack {missing[0]}{more}")
 
 
 class MetaCheckpoint(Checkpoint):
@@ -849,8 +851,8 @@ def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], dict]
         heads, width, layers = config.num_attention_heads, config.channels(), config.num_hidden_layers
         size = heads if about["mode"] == "head" else width
         if len(scales) != layers or any(s.shape != (size,) for s in scales) or about.get("heads") != str(heads):
-            raise UserError(f"{path}: made for {len(scales)} layers of {list(scales[0].shape)} scales and {about.get('heads')} heads, "
-                            f"the model has {layers} of [{size}] and {heads} heads")
+            made = f"{len(scales)} layers of {list(scales[0].shape)} scales and {about.get('heads')} heads"
+            raise UserError(f"{path}: made for {made}, the model has {layers} of [{size}] and {heads} heads")
     if not all(s.dtype == torch.float32 and s.isfinite().all() for s in scales):
         raise UserError(f"{path}: scales must be finite float32 numbers; train again")
     return scales, about
@@ -924,7 +926,8 @@ class Tokenizer:
         else:
             raise UserError(f"{folder}: no tokenizer.model and no tokenizer.json; copy them from the original checkpoint")
         if not config.vocab_size / 2 < self.size <= config.vocab_size:  # a few rows more than pieces are usual
-            raise UserError(f"{folder}: the tokenizer has {self.size} pieces, the model {config.vocab_size} rows; they do not belong together")
+            raise UserError(f"{folder}: the tokenizer has {self.size} pieces, the model {config.vocab_size} rows; "
+                            "they do not belong together")
         self.end = self.id(TEMPLATES[name][2]) if TEMPLATES[name][2] else self.eos
         if self.end is None:
             raise UserError(f"--template {name}: the tokenizer has no {TEMPLATES[name][2] or 'end-of-text token'}; choose another template")
@@ -974,7 +977,8 @@ class Tokenizer:
         self.encode = lambda text: model.encode(text, add_special_tokens=False).ids
         self.decode = model.decode
         self.id = model.token_to_id
-        self.bos, self.eos = (model.token_to_id(str(token(key))) if token(key) else None for key in ("bos_token", "eos_token"))
+        special = lambda key: model.token_to_id(str(token(key))) if token(key) else None
+        self.bos, self.eos = special("bos_token"), special("eos_token")
         self.size = max(model.get_vocab().values(), default=-1) + 1
 
     def prompt(self, text: str) -> list[int]:
@@ -1002,7 +1006,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json has broken added tokens ({e!r})") from e
     if any(i < 0 or not token for token, i in tokens.items()):
-        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json has an empty added token or a negative id")
+        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json has an empty token or a negative id")
     return tokens
 
 
@@ -1204,7 +1208,8 @@ def read_jsonl(path) -> list[Sample]:
                 answer = answer or LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
             if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
                 raise ValueError('needs a "prompt" and an "answer", both text and not empty')
-            if isinstance(expected, bool) or not isinstance(expected, (int, str, type(None))) or not str(expected).strip():
+            expectable = isinstance(expected, (int, str, type(None))) and not isinstance(expected, bool)
+            if not expectable or not str(expected).strip():
                 raise ValueError(f'"expected" must be a whole number or text, is {expected!r}')
             f"{prompt}{answer}{expected}".encode()  # JSON can spell halves of characters, which no tokenizer reads
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as e:
@@ -1231,7 +1236,8 @@ def make_samples(task, tokenizer, config, length, count, split, seed=0, depths=N
         for number, sample in enumerate(samples, 1):
             if (tokens := len(tokenizer.prompt(sample.prompt))) > length:
                 raise UserError(f"{task}, sample {number}: the prompt has {tokens} tokens, more than the {length} allowed")
-            if tokens + len(tokenizer.answer(sample.answer)) > max(config.max_position_embeddings, length + ANSWER_ROOM):
+            room = max(config.max_position_embeddings, length + ANSWER_ROOM)
+            if tokens + len(tokenizer.answer(sample.answer)) > room:
                 raise UserError(f"{task}, sample {number}: prompt and answer have more tokens than the model's context")
             sample.length = length
         random.Random(f"{seed}").shuffle(samples)
@@ -1334,16 +1340,18 @@ def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resu
         loss.backward()
         optimizer.step()
         if not all(x.isfinite().all() for x in (loss, *scales)):
-            kept = f"; the state after step {step} is in {state_file}, --resume goes on from it" if step and state_file else ""
-            raise UserError(f"step {step + 1}: the loss is {loss.item()} and training would go astray; --lr {lr:g} is too high, or the numbers "
-                            f"too large for {str(model.embed_tokens.weight.dtype)[6:]} (try --dtype float32){kept}")
+            dtype = str(model.embed_tokens.weight.dtype)[6:]
+            kept = f"; step {step} is kept in {state_file}, --resume goes on from it" if step and state_file else ""
+            raise UserError(f"step {step + 1}: the loss is {loss.item()} and training would go astray; --lr {lr:g} is too "
+                            f"high, or the numbers too large for {dtype} (try --dtype float32){kept}")
         optimizer.zero_grad()
         losses.append(loss.item())
         tokens += len(prompt) + len(answer)
         bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens / (time.monotonic() - start):,.0f} tokens/s, peak {peak_memory(loss.device)}")
         if state_file:
             state = io.BytesIO()  # torch itself does not survive a full disk
-            torch.save({"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}, state)
+            facts = {"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}
+            torch.save(facts, state)
             with whole_file(state_file) as partial:
                 partial.write_bytes(state.getbuffer())
     return losses
@@ -1358,7 +1366,8 @@ def load_state(path, scales, optimizer, recipe) -> list[float]:
         state = torch.load(path, weights_only=True)
         for key in recipe:
             if (saved := state["recipe"].get(key)) != recipe[key]:
-                raise UserError(f"--resume: {path} was made with {key} {saved}, not {recipe[key]}; give the same flags, or train without --resume")
+                raise UserError(f"--resume: {path} was made with {key} {saved}, not {recipe[key]}; give the same flags, "
+                                "or train without --resume")
         with torch.no_grad():
             for scale, value in zip(scales, state["scales"], strict=True):
                 scale.copy_(value)
@@ -1708,7 +1717,7 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
     config = extend(config, about["extend"])
     longest = max([getattr(args, "length", None) or 0, *(getattr(args, "lengths", None) or [])])
     if longest > config.max_position_embeddings:
-        message = f"{longest} tokens are more than the context of {config.max_position_embeddings}; stretch it with --extend"
+        message = f"{longest} tokens exceed the context of {config.max_position_embeddings}; stretch it with --extend"
         if args.command != "eval":  # which may show how the base fails there
             raise UserError(f"--length {message}, or ask for less")
         note(f"warning  {message}")
@@ -1817,7 +1826,7 @@ def command_train(args) -> None:
         if not after[0] <= before[0]:
             note("warning  these scales make the loss worse on prompts they were not trained on; try a lower --lr or more --samples")
     else:
-        note("warning  every prompt was trained on, so none is left to show what the scales are worth; try fewer --samples")
+        note("warning  every prompt was trained on: none is left to show what the scales are worth; try fewer --samples")
     if args.json:
         write_json(args.json, report)
     state_file.unlink(missing_ok=True)
@@ -1830,8 +1839,9 @@ def command_eval(args) -> None:
     model, tokenizer, about = open_checkpoint(args)
     cells = evaluation_cells(args, model.config, tokenizer, avoid=about.get("prompts", "").split(","))
     scales = [s.detach().clone() for s in model.scales()]
-    report = {"ckpt": str(args.ckpt), "scales": args.scales, "task": str(args.task), "extend": about["extend"], "seed": args.seed,
-              "run": prompt_id(repr((cells, [s.tolist() for s in scales], args.max_new_tokens, tokenizer.template, args.dtype)))}  # so that only the same run resumes
+    run = (cells, [s.tolist() for s in scales], args.max_new_tokens, tokenizer.template, args.dtype)
+    report = {"ckpt": str(args.ckpt), "scales": args.scales, "task": str(args.task), "extend": about["extend"],
+              "seed": args.seed, "run": prompt_id(repr(run))}  # only the same run resumes
     saved, start, results = finished(args, report), time.monotonic(), {}
     report |= saved
     for method in (["base"] if args.compare else []) + [METHOD[about["mode"]] if args.scales else "base"]:
@@ -2071,7 +2081,8 @@ def command_generate(args) -> None:
         raise UserError(f"--prompt: is not UTF-8 text ({e})") from e
     ids = tokenizer.prompt(text)
     if not text.strip() or len(ids) >= model.config.max_position_embeddings:
-        raise UserError(f"--prompt: is empty, or its {len(ids)} tokens fill the context of {model.config.max_position_embeddings}; see --extend")
+        raise UserError(f"--prompt: is empty, or its {len(ids)} tokens fill the context of "
+                        f"{model.config.max_position_embeddings}; see --extend")
     if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
         note(f"warning  {len(ids)} + {args.max_new_tokens} tokens exceed the context of {model.config.max_position_embeddings}; see --extend")
     print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.stop)[0]))
@@ -2091,7 +2102,7 @@ def command_fold(args) -> None:
     try:
         partial.mkdir()
         shards, sizes, index = [[]], [0], {}
-        for _, name, tensor in weights.fitting(config):  # plan: shards of at most 2 GB, so that only so much is in memory at once
+        for _, name, tensor in weights.fitting(config):  # plan: shards of 2 GB, so only so much is in memory at once
             if sizes[-1] + tensor.nbytes > 2e9 and shards[-1]:
                 shards.append([])
                 sizes.append(0)
@@ -2101,7 +2112,7 @@ def command_fold(args) -> None:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {name: fold(name, weights[name], scales).to(weights[name].dtype).contiguous() for name in names}
             if odd := [name for name in names if not tensors[name].isfinite().all()]:
-                raise UserError(f"{weights.files[odd[0]]}: {odd[0]} holds NaN or infinity, in itself or with its scales")
+                raise UserError(f"{weights.files[odd[0]]}: {odd[0]} holds NaN or infinity, by itself or scaled")
             save_file(tensors, partial / file, {"format": "pt"})
             index |= dict.fromkeys(names, file)
         write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
@@ -2269,7 +2280,7 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
             message = " ".join(str(e).split())
         elif isinstance(e, OSError):  # the world's fault: a disk that fills, a file that goes away
             message = first_line(e)
-        elif isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):  # a CPU's allocator says so
+        elif isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):  # on a CPU
             message = f"out of memory ({first_line(e)}); try --offload, a shorter --length, or a smaller --dtype"
         else:
             raise
