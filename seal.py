@@ -184,7 +184,7 @@ class Config:
 
     def __post_init__(self):
         if self.max_position_embeddings > LARGEST:
-            raise UserError(f"a context of {self.max_position_embeddings:,} tokens: is above {LARGEST:,}; stretch it less")
+            raise UserError(f"a context of {self.max_position_embeddings:,} tokens is above {LARGEST:,}; stretch it less")
 
     def channels(self) -> int:
         """H * d: the width of the concatenated heads, which is what o_proj reads."""
@@ -197,7 +197,7 @@ def is_meta(folder) -> bool:
 
 
 def read_config(folder) -> Config:
-    """The Config in folder/config.json, in the spelling of any transformers release; UserError where it does not hold."""
+    """The Config in folder/config.json, as any transformers release spells it; UserError where it does not hold."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     path = Path(folder) / ("params.json" if is_meta(folder) else "config.json")
@@ -221,7 +221,7 @@ def read_config(folder) -> Config:
     architectures = raw.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{path}: architecture {architecture} is not supported; only {', '.join(ARCHITECTURES)} are")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; a Llama's is 'silu'")
 
@@ -231,9 +231,9 @@ def read_config(folder) -> Config:
     if heads % groups:
         raise UserError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if raw.get("head_dim") is None and width % heads:
-        raise UserError(f"{path}: hidden_size {width} is not a multiple of num_attention_heads {heads}, and no head_dim is given")
+        raise UserError(f"{path}: hidden_size {width} is not a multiple of num_attention_heads {heads}; give head_dim")
     if head_dim % 2 or head_dim < 4:
-        raise UserError(f"{path}: head_dim {head_dim} must be even and at least 4; rotary positions turn pairs of channels")
+        raise UserError(f"{path}: head_dim {head_dim} must be even and at least 4: rotary positions turn pairs")
 
     # LongChat and Vicuna 16K leave 4096 in max_position_embeddings and say the context in max_sequence_length.
     context = number("max_sequence_length", default=number("max_position_embeddings", default=2048))
@@ -254,7 +254,8 @@ def read_config(folder) -> Config:
             low, high = (1, 1e4) if key == "factor" else (0, 1e3) if key == "attention_factor" else (0.01, 1e3)
             scaling[key] = number(key, default=default, kind=float, low=low, high=high, source=rope)
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        raise UserError(f"{path}: low_freq_factor {scaling['low_freq_factor']} must be below high_freq_factor {scaling['high_freq_factor']}")
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        raise UserError(f"{path}: low_freq_factor {low} must be below high_freq_factor {high}")
     if kind == "yarn":  # some files keep the short context in max_position_embeddings
         context = max(context, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
 
@@ -291,8 +292,13 @@ def read_config(folder) -> Config:
 ROPE_KINDS = {
     "default": {},
     "linear": {"factor": None},
-    "llama3": {"factor": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": None},
-    "yarn": {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.0},
+    "llama3": {
+        "factor": None, "original_max_position_embeddings": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    },
+    "yarn": {
+        "factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0,
+        "attention_factor": 0.0,
+    },
 }
 
 
@@ -310,8 +316,9 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / s
     elif kind == "yarn":  # the same idea, the ramp linear in the pair's index, and sharper attention
+        original = scaling["original_max_position_embeddings"]
         def pair(turns):  # the (fractional) pair that makes so many turns within the original context
-            return d * math.log(scaling["original_max_position_embeddings"] / (2 * math.pi * turns)) / (2 * math.log(base))
+            return d * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base))
         low, high = max(0, math.floor(pair(scaling["beta_fast"]))), min(d - 1, math.ceil(pair(scaling["beta_slow"])))
         keep = 1 - ((torch.arange(d // 2, device="cpu") - low) / max(0.001, high - low)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / s
@@ -341,14 +348,15 @@ def extend(config: Config, spec: str) -> Config:
     elif kind == "linear" and own["rope_type"] in ("default", "linear"):
         rope = {"rope_scaling": {"rope_type": "linear", "factor": s * own.get("factor", 1.0)}}
     elif kind == "yarn" and own["rope_type"] == "default":
-        rope = {"rope_scaling": ROPE_KINDS["yarn"] | {"rope_type": "yarn", "factor": s, "original_max_position_embeddings": context}}
+        yarn = {"rope_type": "yarn", "factor": s, "original_max_position_embeddings": context}
+        rope = {"rope_scaling": ROPE_KINDS["yarn"] | yarn}
     else:
-        raise UserError(f"--extend {spec}: the checkpoint already has rope type {own['rope_type']}; use ntk:S, which goes with any")
+        raise UserError(f"--extend {spec}: the checkpoint has rope type {own['rope_type']} already; ntk:S goes with any")
     return replace(config, max_position_embeddings=int(context * s), **rope)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel pairs (i, i + d/2) of x (B, heads, T, d) by the angles whose cos and sin (B or 1, 1, T, d/2) are given."""
+    """Turn channel pairs (i, i + d/2) of x (B, heads, T, d) by angles, given as cos and sin (B or 1, 1, T, d/2)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -440,12 +448,13 @@ class Block(nn.Module):
     def attend(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
         return x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
 
-    def feed_chunks(self, x: Tensor) -> Tensor:
-        return torch.cat([part + self.mlp(self.post_attention_layernorm(part)) for part in x.split(CHUNK, dim=1)], dim=1)
+    def feed(self, x: Tensor) -> Tensor:
+        parts = x.split(CHUNK, dim=1)
+        return torch.cat([part + self.mlp(self.post_attention_layernorm(part)) for part in parts], dim=1)
 
     def forward(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
         x = self.attend(x, rope, mask, cache)  # (B, T, D): here tokens look at each other
-        return self.feed_chunks(x)             # here each is on its own
+        return self.feed(x)                    # here each is on its own
 
 
 class Llama(nn.Module):
@@ -466,11 +475,11 @@ class Llama(nn.Module):
         self.frequencies, self.magnitude = rope_frequencies(config)  # (d/2,) radians per token
 
     def forward(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """tokens (B, T) -> the residual stream after the last block (B, T, D); ask logits() for the positions you need."""
+        """tokens (B, T) -> the residual stream after the last block (B, T, D), for logits() to take what is needed."""
         T, config = tokens.shape[1], self.config
         S = T if cache is None else cache.width + T
         if config.sliding_window and S > config.sliding_window:
-            raise UserError(f"{S} tokens exceed the model's sliding window of {config.sliding_window}; beyond it full attention is not the model")
+            raise UserError(f"{S} tokens exceed the model's sliding window of {config.sliding_window}; it is not implemented")
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:
@@ -599,7 +608,7 @@ class Recompute(torch.autograd.Function):
         ctx.save_for_backward(x)
         with torch.enable_grad(), first:  # with gradients on, so that attention takes the same path both times
             middle = block.attend(x.detach().requires_grad_(), rope).detach()
-        return block.feed_chunks(middle)
+        return block.feed(middle)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -641,12 +650,12 @@ class Checkpoint:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
-            path = self.folder / name
-            if path.is_file():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            path = next((p for p in (self.folder / name, self.folder / f"{name}.index.json") if p.is_file()), None)
+            if path:
                 break
         else:
-            raise UserError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin or an .index.json of shards")
+            raise UserError(f"{folder}: no weights: no model.safetensors, no pytorch_model.bin, no index of shards")
         if path.suffix == ".json":
             index = read_json(path)
             files = index.get("weight_map")
@@ -691,7 +700,7 @@ class Checkpoint:
     def _tensor(self, path: Path, name: str) -> Tensor:
         tensor = self._open(path, lambda tensors: tensors[name](name))
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise UserError(f"{path}: {name} is {str(tensor.dtype)[6:]}; quantised checkpoints are not supported, use the original")
+            raise UserError(f"{path}: {name} is {str(tensor.dtype)[6:]}; quantised checkpoints are not supported")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise UserError(f"{path}: {name} is not a plain tensor; save the checkpoint again as safetensors")
         return tensor
@@ -708,7 +717,7 @@ class Checkpoint:
             if short.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and short == "lm_head.weight"):
                 continue  # the frequencies come from config.json; a tied output matrix is the embedding
             if short not in missing or short.endswith("scale"):
-                raise UserError(f"{self.files[name]}: holds {name}, which the model in config.json has not, or not twice")
+                raise UserError(f"{self.files[name]}: holds {name}, which config.json's model has not, or not twice")
             tensor, shape = self[name], list(missing.pop(short).shape)
             if list(tensor.shape) != shape:
                 raise UserError(f"{self.files[name]}: {name} has shape {list(tensor.shape)}, config.json says {shape}")
@@ -756,9 +765,10 @@ class MetaCheckpoint(Checkpoint):
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 params = read_json(self.folder / "params.json")
                 d = params["dim"] // params["n_heads"]
-                tensor = tensor.view(-1, d // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)  # from (heads, d/2, 2, D)
+                pairs = tensor.view(-1, d // 2, 2, tensor.shape[1])           # (heads, d/2, 2, D)
+                tensor = pairs.transpose(1, 2).reshape(tensor.shape)          # (heads * d, D)
         except (RuntimeError, IndexError) as e:
-            raise UserError(f"{files[0]}: {source} has a shape that fits neither params.json nor other slices ({first_line(e)})") from e
+            raise UserError(f"{files[0]}: {source} does not fit params.json or its other slices ({first_line(e)})") from e
         return tensor
 
 
@@ -771,7 +781,7 @@ def read_meta_config(folder: Path) -> dict:
     params, weights = read_json(folder / "params.json"), MetaCheckpoint(folder)
     rows = lambda name: (*weights[name].shape, None)[0]
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": params.get("dim"),
         "num_hidden_layers": params.get("n_layers"),
         "num_attention_heads": params.get("n_heads"),
@@ -795,7 +805,7 @@ def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype 
     for short, name, tensor in tqdm(weights.fitting(config), desc="loading", unit=" tensors", leave=False, delay=1):
         tensor = tensor.to(device, dtype or (torch.float32 if device.type == "cpu" else tensor.dtype), copy=True)
         if not tensor.isfinite().all():
-            raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity; download it again or use another dtype")
+            raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity; download it again or change --dtype")
         owner, _, leaf = short.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings:
@@ -899,12 +909,16 @@ TEMPLATES = {
 def guess_template(folder: Path) -> tuple[str, str]:
     """(template, why): from the checkpoint's own chat template, else from its name."""
     jinja = folder / "chat_template.jinja"  # where newer releases keep it
-    chat = jinja.read_text("utf-8", "replace") if jinja.is_file() else optional_json(folder / "tokenizer_config.json").get("chat_template")
-    for mark, name in (("<|start_header_id|>", "llama-3"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"), ("ASSISTANT", "vicuna")):
-        if chat and mark in str(chat):
-            return name, f"its chat template has {mark}"
+    chat = optional_json(folder / "tokenizer_config.json").get("chat_template")
+    chat = jinja.read_text("utf-8", "replace") if jinja.is_file() else str(chat)
+    marks = {"<|start_header_id|>": "llama-3", "<<SYS>>": "llama-2", "[INST]": "mistral", "ASSISTANT": "vicuna"}
+    for mark, template in marks.items():
+        if mark in chat:
+            return template, f"its chat template has {mark}"
     name = f"{folder.resolve().name} {optional_json(folder / 'config.json').get('_name_or_path', '')}".lower()
-    for pattern, template in (("vicuna|longchat", "vicuna"), ("llama-2.*chat", "llama-2"), ("mistral.*instruct", "mistral"), ("llama-3.*instruct", "llama-3")):
+    patterns = {"vicuna|longchat": "vicuna", "llama-2.*chat": "llama-2", "mistral.*instruct": "mistral",
+                "llama-3.*instruct": "llama-3"}
+    for pattern, template in patterns.items():
         if re.search(pattern, name):
             return template, f"the name has {pattern}"
     return "none", "no chat template and no known name"
@@ -924,13 +938,14 @@ class Tokenizer:
         elif (folder / "tokenizer.json").is_file():
             self._tokenizers(folder / "tokenizer.json")
         else:
-            raise UserError(f"{folder}: no tokenizer.model and no tokenizer.json; copy them from the original checkpoint")
+            raise UserError(f"{folder}: no tokenizer.model and no tokenizer.json; copy one from the original")
         if not config.vocab_size / 2 < self.size <= config.vocab_size:  # a few rows more than pieces are usual
             raise UserError(f"{folder}: the tokenizer has {self.size} pieces, the model {config.vocab_size} rows; "
                             "they do not belong together")
         self.end = self.id(TEMPLATES[name][2]) if TEMPLATES[name][2] else self.eos
         if self.end is None:
-            raise UserError(f"--template {name}: the tokenizer has no {TEMPLATES[name][2] or 'end-of-text token'}; choose another template")
+            end = TEMPLATES[name][2] or "end-of-text token"
+            raise UserError(f"--template {name}: the tokenizer has no {end}; choose another template")
         self.stop = {self.end, self.eos} - {None}
         for file in ("config.json", "generation_config.json"):
             ids = optional_json(folder / file).get("eos_token_id")
@@ -943,20 +958,22 @@ class Tokenizer:
         except (RuntimeError, OSError) as e:
             raise UserError(f"{folder / 'tokenizer.model'}: is not a sentencepiece model; download it again") from e
         hints = optional_json(folder / "tokenizer_config.json")
-        self.added = {token: i for token, i in added_tokens(folder).items() if i < rows}  # some lack a row in the embedding
+        self.added = {token: i for token, i in added_tokens(folder).items() if i < rows}  # the others have no embedding
         pieces = {token: i for token, i in self.added.items() if i >= model.vocab_size()}
         split = re.compile("(" + "|".join(map(re.escape, pieces)) + ")") if pieces else None
 
         def encode(text: str) -> list[int]:
             if not split:
                 return model.encode(text)
-            return [i for part in split.split(text) if part for i in ([pieces[part]] if part in pieces else model.encode(part))]
+            parts = [[pieces[part]] if part in pieces else model.encode(part) for part in split.split(text) if part]
+            return [i for part in parts for i in part]
 
         def decode(ids: list[int]) -> str:
             return model.decode([i for i in ids if i < model.vocab_size()])
 
         self.encode, self.decode = encode, decode
-        self.id = lambda piece: self.added.get(piece, model.piece_to_id(piece) if model.piece_to_id(piece) != model.unk_id() else None)
+        known = lambda piece: model.piece_to_id(piece) if model.piece_to_id(piece) != model.unk_id() else None
+        self.id = lambda piece: self.added.get(piece, known(piece))
         self.bos, self.eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
         if hints.get("add_bos_token") is False:
             self.bos = None
@@ -998,7 +1015,7 @@ class Tokenizer:
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens outside tokenizer.model, {text: id}: added_tokens.json, else added_tokens_decoder in tokenizer_config.json."""
+    """Tokens outside tokenizer.model, {text: id}, from added_tokens.json and tokenizer_config.json."""
     try:
         decoder = optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         tokens = {str(t["content"]): int(i) for i, t in decoder.items()}
@@ -1051,7 +1068,7 @@ def prompt_id(prompt: str) -> str:
 
 
 def largest_fit(make, tokenizer: Tokenizer, length: int, limit: int) -> Sample:
-    """The sample make(n) with the largest n <= limit whose prompt has at most `length` tokens, template and BOS included."""
+    """The sample make(n) with the largest n <= limit whose prompt, template and BOS included, fits `length` tokens."""
     size = lambda n: len(tokenizer.prompt(make(n).prompt))
     n = bisect.bisect_right(range(1, limit + 1), length, key=size)
     if n == 0:
@@ -1134,7 +1151,9 @@ TRAINING_NEEDLES = [
         ("Prague", "buy a crisp onion and eat the large cherry"),
     )
 ]
-VERBS = "eat draw visit carry find watch paint wash open buy hold build follow feed clean climb read fix sell hide".split()
+VERBS = """
+    eat draw visit carry find watch paint wash open buy hold build follow feed clean climb read fix sell hide
+""".split()
 
 
 def prose(rng: random.Random) -> str:
@@ -1189,7 +1208,7 @@ def needle_sample(rng, tokenizer, length: int, needle, depth: float, sentences: 
 
 
 def read_jsonl(path) -> list[Sample]:
-    """Samples from lines of {"prompt", "answer"[, "expected"]}, or LongEval's own {"prompt", "expected_number", ...}."""
+    """Samples from lines of {"prompt", "answer"[, "expected"]}, or of LongEval's {"prompt", "expected_number", ...}."""
     samples = []
     try:
         rows = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at more than line ends
@@ -1220,22 +1239,24 @@ def read_jsonl(path) -> list[Sample]:
     return samples
 
 
-def make_samples(task, tokenizer, config, length, count, split, seed=0, depths=None, haystack=None, avoid=()) -> list[Sample]:
-    """`count` samples of a task: "lines", "needle" or a JSONL file, each prompt at most `length` tokens, template and all.
+def make_samples(
+    task, tokenizer, config, length, count, split, seed=0, depths=(50,), haystack=None, avoid=()
+) -> list[Sample]:
+    """`count` samples of a task ("lines", "needle" or a JSONL file), each prompt at most `length` tokens, all included.
 
     split is "train" or "eval" and part of the seed, and prompts whose prompt_id is in `avoid` are left out, so that
     training and evaluation never share one. Depths (percent) are taken in turn; training puts needles anywhere.
     """
     window = config.sliding_window
     if window and length > window:
-        raise UserError(f"--length {length}: exceeds the model's sliding window of {window} tokens, which is not implemented")
+        raise UserError(f"--length {length}: exceeds the model's sliding window of {window}, which is not implemented")
     if task not in ("lines", "needle"):
         if not str(task).endswith(".jsonl"):
             raise UserError(f"--task {task}: must be lines, needle or a file that ends in .jsonl")
         samples = read_jsonl(task)
         for number, sample in enumerate(samples, 1):
             if (tokens := len(tokenizer.prompt(sample.prompt))) > length:
-                raise UserError(f"{task}, sample {number}: the prompt has {tokens} tokens, more than the {length} allowed")
+                raise UserError(f"{task}, sample {number}: the prompt has {tokens} tokens, more than {length}")
             room = max(config.max_position_embeddings, length + ANSWER_ROOM)
             if tokens + len(tokenizer.answer(sample.answer)) > room:
                 raise UserError(f"{task}, sample {number}: prompt and answer have more tokens than the model's context")
@@ -1314,10 +1335,12 @@ def plan_memory(model: Llama, tokens: int, offload: bool) -> str:
     model.offload = offload or inputs > room
     model.keep_attention = not model.offload and inputs + outputs < room
     kept = f"{inputs / 2**30:.2f} GB of block inputs in {'host' if model.offload else 'device'} memory"
-    return kept + (f" and {outputs / 2**30:.2f} GB of attention outputs" if model.keep_attention else ", attention is computed twice")
+    if not model.keep_attention:
+        return f"{kept}, attention is computed twice"
+    return f"{kept} and {outputs / 2**30:.2f} GB of attention outputs"
 
 
-def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resume: bool = False, recipe=None) -> list[float]:
+def train(model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=False, recipe=None) -> list[float]:
     """Learn the scales in `model` on (prompt, answer) pairs of token ids, one pair a step; returns the losses.
 
     AdamW at a constant rate, as the paper has it. It names neither betas nor weight decay: betas are torch's, and
@@ -1347,7 +1370,8 @@ def train(model: Llama, pairs, lr: float, epochs: int = 1, state_file=None, resu
         optimizer.zero_grad()
         losses.append(loss.item())
         tokens += len(prompt) + len(answer)
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens / (time.monotonic() - start):,.0f} tokens/s, peak {peak_memory(loss.device)}")
+        speed = tokens / (time.monotonic() - start)
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s, peak {peak_memory(loss.device)}")
         if state_file:
             state = io.BytesIO()  # torch itself does not survive a full disk
             facts = {"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}
@@ -1402,7 +1426,9 @@ def answers(model: Llama, tokenizer: Tokenizer, samples: list[Sample], max_new_t
     texts = []
     for i in range(0, len(prompts), rows):
         batch = prompts[i : i + rows]
-        new = min(max_new_tokens, window - max(map(len, batch)) + 1) if window else max_new_tokens  # beyond it is an error
+        new = max_new_tokens
+        if window:  # beyond it is an error
+            new = min(new, window - max(map(len, batch)) + 1)
         texts += [tokenizer.decode(ids) for ids in generate(model, batch, new, tokenizer.stop)]
         if bar is not None:
             bar.update(len(batch))
@@ -1420,8 +1446,8 @@ def cells_of(samples: list[Sample], scores: list[float]) -> list[dict]:
     ]
 
 
-def evaluate(model, tokenizer, cells: list[list[Sample]], max_new_tokens=100, desc="evaluating", done=(), keep=None) -> list[dict]:
-    """Greedy answers to every cell's samples, judged: one dictionary per cell. `done` are cells from before, skipped."""
+def evaluate(model, tokenizer, cells: list[list[Sample]], max_new_tokens=100, desc="", done=(), keep=None):
+    """Greedy answers to every cell's samples, judged: a dictionary per cell. `done` are cells from before, skipped."""
     results = list(done)
     finished = {(c["length"], c["depth"]) for c in done}
     cells = [samples for samples in cells if (samples[0].length, samples[0].depth) not in finished]
@@ -1445,7 +1471,10 @@ def interval(correct: int, prompts: int) -> tuple[float, float]:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Columns aligned, the first to the left and numbers to the right."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda row: "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+    def line(row):
+        first, *others = (str(cell) for cell in row)
+        return "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))])
+
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
@@ -1493,7 +1522,8 @@ def heat(ax, values, title: str, xlabel: str, ylabel: str, colours="viridis", lo
 def plot_scores(path, results: dict[str, list[dict]]) -> None:
     """Accuracy against length with 95% intervals; for needles the paper's figure 5, a map per method."""
     cells = next(iter(results.values()))
-    lengths, depths = sorted({c["length"] for c in cells}), sorted({c["depth"] for c in cells if c["depth"] is not None})
+    lengths = sorted({c["length"] for c in cells})
+    depths = sorted({c["depth"] for c in cells if c["depth"] is not None})
     if not depths:
         with picture(path) as (ax,):
             for (method, cells), marker in zip(results.items(), "osD^v"):
@@ -1511,7 +1541,8 @@ def plot_scores(path, results: dict[str, list[dict]]) -> None:
     with picture(path, panels=len(results)) as axes:
         for ax, (method, cells) in zip(axes, results.items()):
             score = {(c["depth"], c["length"]): c["score"] for c in cells}
-            heat(ax, [[score.get((d, n), math.nan) for n in lengths] for d in depths], f"{method}, {cells[0]['prompts']} prompts a cell",
+            rows = [[score.get((d, n), math.nan) for n in lengths] for d in depths]
+            heat(ax, rows, f"{method}, {cells[0]['prompts']} prompts a cell",
                  "prompt length (tokens)", "depth of the needle (%)", low=0, high=1, bar="score")
             ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
             ax.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
@@ -1534,7 +1565,8 @@ def gradient_effects(model: Llama, pairs, sites) -> list[dict]:
         scale.grad = None
     for pair in tqdm(pairs, desc="gradients", unit="prompt"):
         answer_loss(model, *pair)[0].backward()
-    return [{"loss": -(s.grad[i] * s[i]).item() / len(pairs)} for s, i in ((model.scales()[layer], i) for layer, i in sites)]
+    effects = [-(s.grad * s.detach()) / len(pairs) for s in model.scales()]
+    return [{"loss": effects[layer][i].item()} for layer, i in sites]
 
 
 @torch.no_grad()
@@ -1569,10 +1601,11 @@ def direct_effects(model: Llama, tokens: list[int], targets: list[int]) -> Tenso
     W_head @ (output of the component), without the final norm. Returns (L, H + 1, targets); the last column of the
     middle axis is the feed-forward.
     """
-    heads, mlps, hooks = [], [], []
+    heads, mlps, hooks = [], [], []  # per layer (H * d,) and (D,), at the last position
     for layer in model.layers:
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: heads.append(args[0][0, -1])))  # (H * d,)
-        hooks.append(layer.mlp.register_forward_hook(lambda module, args, output: mlps.append(output[0, -1])))             # (D,)
+        before, after = layer.self_attn.o_proj.register_forward_pre_hook, layer.mlp.register_forward_hook
+        hooks.append(before(lambda module, args: heads.append(args[0][0, -1])))
+        hooks.append(after(lambda module, args, output: mlps.append(output[0, -1])))
     try:
         model(torch.tensor([tokens], device=model.embed_tokens.weight.device))
     finally:
@@ -1597,7 +1630,11 @@ def effect_report(model: Llama, pairs_by_length: dict, sites, how: list[str], sa
                 done = gradient_effects(model, pairs, sites)
             elif len(done) < len(sites):
                 note(f"pruning  {len(sites)} sites at {length:,} tokens, {len(pairs)} prompts each")
-                done = prune_effects(model, pairs, sites, done, lambda part: (effects[kind].update({str(length): part}), keep(effects)))
+                def keep_part(part):
+                    effects[kind][str(length)] = part
+                    keep(effects)
+
+                done = prune_effects(model, pairs, sites, done, keep_part)
             effects[kind][str(length)] = done
             keep(effects)
     return effects
@@ -1608,10 +1645,10 @@ def gains(effects: dict, kind: str, length) -> list[float]:
     return [e["accuracy"] if kind == "prune" else -e["loss"] for e in effects[kind][str(length)]]
 
 
-def quadrant_scales(model: Llama, sites, x: list[float], y: list[float], low: float, high: float) -> dict[str, list[Tensor]]:
-    """Section 3.2: scale every head that hurts at both lengths (Q1) by `low`, every one that helps at both (Q3) by `high`."""
-    variants = {}
-    for name, q1, q3 in ((f"Q1 x {low:g}", low, 1.0), (f"Q3 x {high:g}", 1.0, high), (f"Q1 x {low:g}, Q3 x {high:g}", low, high)):
+def quadrant_scales(model: Llama, sites, x, y, low: float, high: float) -> dict[str, list[Tensor]]:
+    """Section 3.2: scale the heads that hurt at both lengths (Q1) by `low`, those that help at both (Q3) by `high`."""
+    q1_name, q3_name, variants = f"Q1 x {low:g}", f"Q3 x {high:g}", {}
+    for name, q1, q3 in ((q1_name, low, 1.0), (q3_name, 1.0, high), (f"{q1_name}, {q3_name}", low, high)):
         scales = [torch.ones_like(s.detach()) for s in model.scales()]
         for (layer, i), a, b in zip(sites, x, y):
             scales[layer][i] = q1 if a > 0 and b > 0 else q3 if a < 0 and b < 0 else 1.0
@@ -1621,7 +1658,8 @@ def quadrant_scales(model: Llama, sites, x: list[float], y: list[float], low: fl
 
 def plot_heads(path, sites, x, y, lengths, unit: str, heads: int, learned: list[Tensor] | None) -> None:
     """The paper's figure 2 (each head's effect at two lengths), a map of layers x heads, and the learned scales."""
-    layers, whole_model = sorted({layer for layer, _ in sites}), len(sites) % heads == 0 and len({l for l, _ in sites}) > 1
+    layers = len({layer for layer, _ in sites})
+    short, long = (f"{n:,} tokens" for n in (lengths[0], lengths[-1]))
     with picture(path, panels=2 if learned is None else 4) as axes:
         axes[0].axhline(0, color="#999999", linewidth=0.8)
         axes[0].axvline(0, color="#999999", linewidth=0.8)
@@ -1630,19 +1668,19 @@ def plot_heads(path, sites, x, y, lengths, unit: str, heads: int, learned: list[
             axes[0].text(px, py, text, transform=axes[0].transAxes, ha="center", va="center", color="#666666")
         for i in sorted(range(len(sites)), key=lambda i: y[i])[:2] + sorted(range(len(sites)), key=lambda i: -y[i])[:2]:
             axes[0].annotate(site_name(sites[i]), (x[i], y[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
-        axes[0].set(title="pruning one at a time; right and up: helps", xlabel=f"{unit} at {lengths[0]:,} tokens", ylabel=f"{unit} at {lengths[-1]:,} tokens")
-        if whole_model:
+        axes[0].set(title="pruning one at a time (Q1: helps)", xlabel=f"{unit} at {short}", ylabel=f"{unit} at {long}")
+        if layers > 1:
             limit = max(map(abs, y)) or 1.0
-            heat(axes[1], torch.tensor(y).view(len(layers), -1).tolist(), f"red: pruning helps, blue: it hurts ({lengths[-1]:,} tokens)",
+            heat(axes[1], torch.tensor(y).view(layers, -1).tolist(), f"red: pruning helps, blue: it hurts ({long})",
                  "head", "layer", "RdBu_r", -limit, limit, unit)
         else:
             axes[1].bar(range(len(y)), y, color="#0072b2")
-            axes[1].set(title=f"{lengths[-1]:,} tokens", xlabel=f"channel of {site_name((sites[0][0], sites[0][1] // (len(sites))))}", ylabel=unit)
+            axes[1].set(title=long, xlabel=f"channel, or head, of layer {sites[0][0]}", ylabel=unit)
         if learned is not None:
             by_head = torch.stack([s.view(heads, -1).mean(1) for s in learned]).cpu()  # (L, H)
             limit = (by_head - 1).abs().max().item() or 0.1
-            heat(axes[2], by_head.tolist(), "learned scales" + ("" if learned[0].numel() == heads else ", mean of a head's channels"),
-                 "head", "layer", "RdBu_r", 1 - limit, 1 + limit, "scale")
+            title = "learned scales" if learned[0].numel() == heads else "learned scales, mean of a head's channels"
+            heat(axes[2], by_head.tolist(), title, "head", "layer", "RdBu_r", 1 - limit, 1 + limit, "scale")
             axes[3].hist(torch.cat(learned).cpu().numpy(), bins=40, color="#0072b2")
             axes[3].axvline(1, color="#999999", linewidth=0.8)
             axes[3].set(title=f"{sum(s.numel() for s in learned):,} scales", xlabel="scale", ylabel="count")
@@ -1657,9 +1695,10 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
     margins = [(effects[..., 0] - effects[..., 1]) for effects in (before, after)]  # (L, H + 1)
     limit = max(m.abs().max().item() for m in margins)
     with picture(path, panels=3) as axes:
-        for ax, margin, name in zip(axes, [*margins, margins[1] - margins[0]], ("base", "with scales", "what the scales changed")):
-            heat(ax, margin.tolist(), f"{name}: {margin.sum():+.2f}", "head (last: feed-forward)", "layer", "RdBu", -limit, limit,
-                 f"logit of {right!r} minus {wrong!r}")
+        names = ("base", "with scales", "what the scales changed")
+        for ax, margin, name in zip(axes, [*margins, margins[1] - margins[0]], names):
+            heat(ax, margin.tolist(), f"{name}: {margin.sum():+.2f}", "head (last: feed-forward)", "layer", "RdBu",
+                 -limit, limit, f"logit of {right!r} minus {wrong!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1673,7 +1712,7 @@ TOY_STORY = (
 )
 
 
-def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, modes, seed: int) -> dict[str, list[dict]]:
+def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, modes, seed: int) -> dict[str, list]:
     """Accuracy by length of the base, and after training each mode on 50 prompts of the longest length."""
     cells = [make_samples("lines", tokenizer, model.config, n, prompts, "eval", seed) for n in lengths]
     pairs = to_pairs(tokenizer, make_samples("lines", tokenizer, model.config, lengths[-1], 50, "train", seed))
@@ -1691,10 +1730,14 @@ def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, m
 # ---------------------------------------------------------------------------------------------------------------------
 
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+)
 SHAPES = {  # for bench: Llama-2 7B and 13B, and a 1.1B with grouped queries
-    name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), sizes),
-               vocab_size=32000, max_position_embeddings=4096)
-    for name, sizes in {"7b": (4096, 11008, 32, 32, 32, 128), "13b": (5120, 13824, 40, 40, 40, 128), "1b": (2048, 5632, 22, 32, 4, 64)}.items()
+    name: dict(zip(SIZES, sizes), vocab_size=32000, max_position_embeddings=4096)
+    for name, sizes in {
+        "1b": (2048, 5632, 22, 32, 4, 64), "7b": (4096, 11008, 32, 32, 32, 128), "13b": (5120, 13824, 40, 40, 40, 128),
+    }.items()
 }
 HELD_OUT = 10  # prompts to compare before and after training on
 
@@ -1727,13 +1770,16 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
     if scales:
         model.set_scales(scales)
     weight = model.embed_tokens.weight
-    note(f"model    {args.ckpt}: {config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim} channels, "
-         f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters, {str(weight.dtype)[6:]} on {weight.device}")
-    note(f"context  {config.max_position_embeddings:,} tokens, extension {about['extend']}; template {tokenizer.template} ({tokenizer.why})")
+    heads = f"{config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim} channels"
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    note(f"model    {args.ckpt}: {heads}, {size:,.1f}M parameters, {str(weight.dtype)[6:]} on {weight.device}")
+    note(f"context  {config.max_position_embeddings:,} tokens, extension {about['extend']}; "
+         f"template {tokenizer.template} ({tokenizer.why})")
     if about.get("template", tokenizer.template) != tokenizer.template:
-        note(f"warning  the scales were trained with the template {about['template']}; --template {about['template']} uses it again")
+        note(f"warning  the scales were trained with --template {about['template']}; give it again")
     if scales:
-        note(f"scales   {args.scales}: {METHOD[about['mode']]}, trained on {about.get('samples')} samples of {about.get('task')} at {about.get('length')} tokens")
+        note(f"scales   {args.scales}: {METHOD[about['mode']]}, trained on {about.get('samples')} samples "
+             f"of {about.get('task')} of {about.get('length')} tokens")
     return model, tokenizer, about
 
 
@@ -1755,6 +1801,12 @@ def to_pairs(tokenizer: Tokenizer, samples: list[Sample]) -> list[tuple[list[int
     return [(tokenizer.prompt(s.prompt), tokenizer.answer(s.answer)) for s in samples]
 
 
+def samples_for(args, tokenizer: Tokenizer, config: Config, length: int, count: int, split: str, avoid=()):
+    """make_samples with what the flags say."""
+    flags = (args.seed, args.depths, args.haystack)
+    return make_samples(args.task, tokenizer, config, length, count, split, *flags, avoid)
+
+
 def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> list[list[Sample]]:
     """The samples to evaluate on: a list per length, and for needles per length and depth."""
     end = default_length(config)
@@ -1763,7 +1815,7 @@ def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> li
         lengths = (args.lengths or [end])[-1:]  # a file's prompts are as long as they are
     cells = {}
     for length in lengths:
-        for s in make_samples(args.task, tokenizer, config, length, args.prompts, "eval", args.seed, args.depths, args.haystack, avoid):
+        for s in samples_for(args, tokenizer, config, length, args.prompts, "eval", avoid):
             cells.setdefault((length, s.depth), []).append(s)
     if not cells:
         raise UserError(f"--task {args.task}: every prompt in it was trained on; evaluate on another file")
@@ -1789,7 +1841,7 @@ def finished(args, header: dict) -> dict:
     saved = read_json(Path(args.json))
     for key, value in header.items():
         if saved.get(key) != value:
-            raise UserError(f"--resume: {args.json} is of another run ({key} differs); give the same flags or another file")
+            raise UserError(f"--resume: {args.json} is of another run: {key} differs; give its flags or another file")
     return saved
 
 
@@ -1799,18 +1851,19 @@ def command_train(args) -> None:
     model, tokenizer, about = open_checkpoint(args)
     config = model.config
     length, lr = args.length or default_length(config), args.lr or paper_lr(args.task, args.mode, config)
-    samples = make_samples(args.task, tokenizer, config, length, args.samples, "train", args.seed, haystack=args.haystack)
+    samples = samples_for(args, tokenizer, config, length, args.samples, "train")
     trained_on = [prompt_id(s.prompt) for s in samples]
-    tests = make_samples(args.task, tokenizer, config, length, HELD_OUT, "eval", args.seed, [50], args.haystack, avoid=trained_on)
+    tests = samples_for(args, tokenizer, config, length, HELD_OUT, "eval", avoid=trained_on)
     recipe = {
-        "checkpoint": Path(args.ckpt).resolve().name, "mode": args.mode, "extend": about["extend"], "task": str(args.task),
-        "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr, "seed": args.seed,
+        "checkpoint": Path(args.ckpt).resolve().name, "mode": args.mode, "extend": about["extend"],
+        "task": str(args.task), "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr,
+        "seed": args.seed,
         "template": tokenizer.template,
     }
     model.reset_scales(args.mode)
     note(f"memory   {plan_memory(model, length, args.offload)}")
-    note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} scales on {len(samples)} samples of {args.task} "
-         f"of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
+    note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} scales on {len(samples)} samples "
+         f"of {args.task} of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
     tests = to_pairs(tokenizer, tests)
     before = held_out(model, tests) if tests else None
     pairs = to_pairs(tokenizer, samples)
@@ -1824,9 +1877,10 @@ def command_train(args) -> None:
         rows = [[name, f"{x[0]:.3f}", f"{x[1]:.2f}"] for name, x in (("base", before), (METHOD[args.mode], after))]
         print(table([f"{len(tests)} prompts not trained on", "loss", "right"], rows))
         if not after[0] <= before[0]:
-            note("warning  these scales make the loss worse on prompts they were not trained on; try a lower --lr or more --samples")
+            note("warning  these scales make the loss worse on prompts they were not trained on; "
+                 "try a lower --lr or more --samples")
     else:
-        note("warning  every prompt was trained on: none is left to show what the scales are worth; try fewer --samples")
+        note("warning  every prompt was trained on, none is left to show what it is worth; try fewer --samples")
     if args.json:
         write_json(args.json, report)
     state_file.unlink(missing_ok=True)
@@ -1871,20 +1925,20 @@ def command_heads(args) -> None:
         return show_direct(args, model, tokenizer, learned)
     end = default_length(config)
     lengths = args.lengths or [round(0.9 * end), end]  # the paper's 28K and 31K of 32K
-    make = lambda n: make_samples(args.task, tokenizer, config, n, args.prompts, "heads", args.seed, args.depths, args.haystack)
-    pairs = {n: to_pairs(tokenizer, make(n)) for n in lengths}
+    pairs = {n: to_pairs(tokenizer, samples_for(args, tokenizer, config, n, args.prompts, "heads")) for n in lengths}
     heads, d = config.num_attention_heads, config.head_dim
     if args.channels:
         layer, head = args.channels
         if layer >= config.num_hidden_layers or head >= heads:
-            raise UserError(f"--channels {layer}.{head}: the model has layers 0..{config.num_hidden_layers - 1} and heads 0..{heads - 1}")
+            raise UserError(f"--channels {layer}.{head}: the model has {config.num_hidden_layers} layers of {heads} heads")
         sites = [(layer, head * d + c) for c in range(d)]
     else:
         sites = [(layer, head) for layer in range(config.num_hidden_layers) for head in range(heads)]
     model.reset_scales("channel" if args.channels else "head")  # effects are the base model's
 
-    report = {"ckpt": str(args.ckpt), "task": str(args.task), "extend": about["extend"], "seed": args.seed, "prompts": args.prompts,
-              "lengths": lengths, "sites": [list(site) for site in sites], "run": prompt_id(repr((pairs, args.dtype)))}
+    report = {"ckpt": str(args.ckpt), "task": str(args.task), "extend": about["extend"], "seed": args.seed,
+              "prompts": args.prompts, "lengths": lengths, "sites": [list(site) for site in sites],
+              "run": prompt_id(repr((pairs, args.dtype)))}
     saved = finished(args, report)
 
     def keep(effects):
@@ -1896,7 +1950,7 @@ def command_heads(args) -> None:
     effects = effect_report(model, pairs, sites, how, saved, keep)
     x, y = (gains(effects, how[-1], n) for n in (lengths[0], lengths[-1]))
     unit = "accuracy gained" if how[-1] == "prune" else "loss saved (nats)"
-    loss = gains(effects, "gradient", lengths[-1]) if how == ["gradient"] else [-e["loss"] for e in effects["prune"][str(lengths[-1])]]
+    loss = [-e["loss"] for e in effects[how[-1]][str(lengths[-1])]]
     order = sorted(range(len(sites)), key=lambda i: (y[i], loss[i]))  # equal accuracies are told apart by the loss
     name = (lambda s: f"channel {s[1] % d}") if args.channels else site_name
     rows = [[name(sites[a]), f"{x[a]:+.4f}", f"{y[a]:+.4f}", "", name(sites[b]), f"{x[b]:+.4f}", f"{y[b]:+.4f}"]
@@ -1907,14 +1961,17 @@ def command_heads(args) -> None:
     if args.how == "both":
         for n in lengths:
             pruned = [-e["loss"] for e in effects["prune"][str(n)]]
-            print(f"gradient ranks as pruning does, {n:,} tokens: Spearman {spearman(gains(effects, 'gradient', n), pruned):+.2f}")
+            rank = spearman(gains(effects, "gradient", n), pruned)
+            print(f"gradient ranks as pruning does, {n:,} tokens: Spearman {rank:+.2f}")
     if learned and not args.channels:
         by_head = torch.cat([s.view(heads, -1).mean(1) for s in learned]).tolist()
-        print(f"learned scales against what pruning gains, {at[-1]} tokens: Spearman {spearman(by_head, y):+.2f} (negative: harmful heads were turned down)")
+        print(f"learned scales and what pruning gains, {at[-1]} tokens: Spearman {spearman(by_head, y):+.2f} "
+              "(negative: harmful heads were turned down)")
     if args.plot:
         plot_heads(args.plot, sites, x, y, lengths, unit, heads, learned)
     if args.quadrants:
-        variants = {"base": [torch.ones_like(s.detach()) for s in model.scales()]} | quadrant_scales(model, sites, x, y, *args.quadrants)
+        variants = {"base": [torch.ones_like(s.detach()) for s in model.scales()]}
+        variants |= quadrant_scales(model, sites, x, y, *args.quadrants)
         args.depths = args.depths[:1] if args.task == "lines" else args.depths
         cells, results = evaluation_cells(args, config, tokenizer), {}
         for variant, scales in variants.items():
@@ -1931,7 +1988,7 @@ def show_direct(args, model: Llama, tokenizer: Tokenizer, learned: list[Tensor] 
         raise UserError("--direct: needs --scales, to compare the base with")
     length = (args.lengths or [default_length(model.config)])[-1]
     ones = [torch.ones_like(s) for s in learned]
-    for sample in make_samples(args.task, tokenizer, model.config, length, args.prompts, "direct", args.seed, args.depths, args.haystack):
+    for sample in samples_for(args, tokenizer, model.config, length, args.prompts, "direct"):
         prompt, answer = tokenizer.prompt(sample.prompt), tokenizer.answer(sample.answer)
         said = []
         for scales in (ones, learned):
@@ -1940,7 +1997,8 @@ def show_direct(args, model: Llama, tokenizer: Tokenizer, learned: list[Tensor] 
         if said[0] != answer and said[1] == answer:
             break
     else:
-        raise UserError(f"--direct: none of {args.prompts} prompts is wrong without the scales and right with them; try more --prompts or another --lengths")
+        raise UserError(f"--direct: none of {args.prompts} prompts is wrong without the scales and right with them; "
+                        "try more --prompts or another --lengths")
     at = next(i for i, (a, b) in enumerate(zip(said[0], answer)) if a != b)  # the first token that goes wrong
     effects = []
     for scales in (ones, learned):
@@ -1948,14 +2006,17 @@ def show_direct(args, model: Llama, tokenizer: Tokenizer, learned: list[Tensor] 
         effects.append(direct_effects(model, prompt + answer[:at], [answer[at], said[0][at]]))
     right, wrong = (tokenizer.decode([t]) for t in (answer[at], said[0][at]))
     print(f"asked for {sample.answer!r}; the base says {tokenizer.decode(said[0][:-1])!r}")
-    rows = [[name, *(f"{e[..., i].sum():+.2f}" for i in (0, 1)), f"{(e[..., 0] - e[..., 1]).sum():+.2f}"] for name, e in zip(("base", "with scales"), effects)]
+    rows = []
+    for name, effect in zip(("base", "with scales"), effects):
+        a, b = effect.sum((0, 1)).tolist()
+        rows.append([name, f"{a:+.2f}", f"{b:+.2f}", f"{a - b:+.2f}"])
     print(table(["direct effect on the logit", f"right {right!r}", f"wrong {wrong!r}", "difference"], rows))
     if args.plot:
         plot_direct(args.plot, *effects, right, wrong)
 
 
 def useful_flop(config: Config, T: int) -> tuple[float, float]:
-    """Floating-point operations of one forward pass, and of one training step, over T tokens; recomputation not counted.
+    """Floating-point operations of a forward pass, and of a training step, over T tokens; recomputation not counted.
 
     A weight matrix costs 2 per parameter and token. Causal attention has T^2 / 2 pairs, and q . k and p v cost 2 d each
     per pair and head: 2 T^2 H d per layer. Going back, frozen weights cost only the gradient of their input (as much
@@ -2022,16 +2083,16 @@ def command_bench(args) -> None:
                 x = timed("decode", lambda: model.logits(model(x.argmax(-1)[:, None], cache)[:, -1]))
     median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     report = {
-        "shape": args.shape, "length": T, "mode": args.mode, "offload": args.offload, "dtype": str(dtype)[6:], "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seconds": median, "peak_memory": memory, "matmul_flops": speed,
+        "shape": args.shape, "length": T, "mode": args.mode, "offload": args.offload, "dtype": str(dtype)[6:],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
+        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "seconds": median, "peak_memory": memory, "matmul_flops": speed,
         "utilisation": {"train": step / median["train"] / speed, "prefill": forward / median["prefill"] / speed},
     }
     rows = [
-        ["training step", f"{median['train']:.3f}", f"{T / median['train']:,.0f}", f"{report['utilisation']['train']:.0%}"],
-        ["read a prompt", f"{median['prefill']:.3f}", f"{T / median['prefill']:,.0f}", f"{report['utilisation']['prefill']:.0%}"],
-        ["decode a token", f"{median['decode']:.4f}", f"{1 / median['decode']:,.0f}", ""],
-    ]
+        [name, f"{median[key]:.3f}", f"{T / median[key]:,.0f}", f"{report['utilisation'][key]:.0%}"]
+        for name, key in (("training step", "train"), ("read a prompt", "prefill"))
+    ] + [["decode a token", f"{median['decode']:.4f}", f"{1 / median['decode']:,.0f}", ""]]
     print(table([f"{args.shape}, {T:,} tokens", "seconds", "tokens/s", "of matmul speed"], rows))
     print(f"peak memory in training {memory}; matrix products reach {speed / 1e12:.2f} TFLOP/s here")
     if args.json:
@@ -2051,22 +2112,23 @@ def command_demo(args) -> None:
     end = default_length(model.config)
     lengths = [round(end * share) for share in (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)]
     report["within"] = demo(model, tokenizer, lengths, args.prompts, ["head", "channel"], args.seed)
-    print(f"Share of {args.prompts} prompts answered right, within the context of {model.config.max_position_embeddings} tokens")
+    print(f"Share of {args.prompts} prompts answered right, within the context of {end + ANSWER_ROOM}")
     print(score_table(report["within"]), "\n")
     plot_scores(out / "within.png", report["within"])
 
-    none = [make_samples("lines", tokenizer, model.config, n, args.prompts // 2, "eval", args.seed) for n in (end, 2 * end, 4 * end)]
-    beyond = {"base": evaluate(model, tokenizer, none, desc="beyond")}
+    lengths, prompts = [end, 2 * end, 4 * end], max(1, args.prompts // 2)
+    cells = [make_samples("lines", tokenizer, model.config, n, prompts, "eval", args.seed) for n in lengths]
+    beyond = {"base": evaluate(model, tokenizer, cells, desc="beyond")}
     args.extend = "ntk:4"
     model, tokenizer, _ = open_checkpoint(args)
-    extended = demo(model, tokenizer, [end, 2 * end, 4 * end], args.prompts // 2, ["channel"], args.seed)
+    extended = demo(model, tokenizer, lengths, prompts, ["channel"], args.seed)
     report["beyond"] = beyond | {"NTK 4": extended["base"], "NTK 4 + SEAL-C": extended["SEAL-C"]}
-    print(f"Share of {args.prompts // 2} prompts answered right, up to four times the context")
+    print(f"Share of {prompts} prompts answered right, up to four times the context")
     print(score_table(report["beyond"]), "\n")
     plot_scores(out / "beyond.png", report["beyond"])
     write_json(out / "demo.json", report | {"seconds": round(time.monotonic() - start, 1)})
     print(f"{time.monotonic() - start:.0f} seconds. Pictures and numbers are in {out}. Now try:\n"
-          "  python seal.py train                                   learn the scales yourself (--ckpt DIR for your model)\n"
+          "  python seal.py train                               learn the scales (--ckpt DIR: of your model)\n"
           "  python seal.py eval --scales scales.safetensors --compare\n"
           "  python seal.py heads --how both --plot heads.png       which heads help, which hurt\n"
           "  python export_gguf.py                                  for llama.cpp")
@@ -2079,12 +2141,11 @@ def command_generate(args) -> None:
         text.encode()
     except UnicodeError as e:
         raise UserError(f"--prompt: is not UTF-8 text ({e})") from e
-    ids = tokenizer.prompt(text)
-    if not text.strip() or len(ids) >= model.config.max_position_embeddings:
-        raise UserError(f"--prompt: is empty, or its {len(ids)} tokens fill the context of "
-                        f"{model.config.max_position_embeddings}; see --extend")
-    if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
-        note(f"warning  {len(ids)} + {args.max_new_tokens} tokens exceed the context of {model.config.max_position_embeddings}; see --extend")
+    ids, context = tokenizer.prompt(text), model.config.max_position_embeddings
+    if not text.strip() or len(ids) >= context:
+        raise UserError(f"--prompt: is empty, or its {len(ids)} tokens fill the context of {context}; see --extend")
+    if len(ids) + args.max_new_tokens > context:
+        note(f"warning  {len(ids)} + {args.max_new_tokens} tokens exceed the context of {context}; see --extend")
     print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.stop)[0]))
 
 
@@ -2115,8 +2176,9 @@ def command_fold(args) -> None:
                 raise UserError(f"{weights.files[odd[0]]}: {odd[0]} holds NaN or infinity, by itself or scaled")
             save_file(tensors, partial / file, {"format": "pt"})
             index |= dict.fromkeys(names, file)
-        write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
-        raw = read_meta_config(source) | {"model_type": "llama"} if is_meta(source) else read_json(source / "config.json")
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
+        write_json(partial / "model.safetensors.index.json", index)
+        raw = read_meta_config(source) if is_meta(source) else read_json(source / "config.json")
         raw["_name_or_path"] = f"{raw.get('_name_or_path', '')} {source.resolve().name}".strip()  # for --template auto
         if spec != "none":
             new = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
@@ -2128,14 +2190,16 @@ def command_fold(args) -> None:
             raw.pop("max_sequence_length", None)
         write_json(partial / "config.json", raw)
         for file in source.iterdir():
-            if file.name not in ("config.json", "params.json") and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")) and "index" not in file.name:
+            ours = file.name in ("config.json", "params.json") or file.name.endswith(".index.json")
+            if not ours and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")):
                 shutil.copyfile(file, partial / file.name)
         os.replace(partial, out)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{out}: cannot be written ({e})") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} o_proj weights, extension {spec}, {sum(sizes) / 1e9:.2f} GB")
+    print(f"{out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} o_proj weights, extension {spec}, "
+          f"{sum(sizes) / 1e9:.2f} GB")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2189,15 +2253,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     device.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's own, float32 on a CPU")
     model = Parser(add_help=False, allow_abbrev=False, parents=[device])
     model.add_argument("--ckpt", metavar="DIR", default=TOY, help="checkpoint folder (default: the bundled toy)")
-    model.add_argument("--extend", metavar="KIND:S", help="stretch the context: none, ntk:4, linear:4, yarn:4 (default: as the scales were trained)")
+    model.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: the scales' own)")
     model.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
     task.add_argument("--task", default="lines", metavar="TASK", help="lines, needle or FILE.jsonl")
     task.add_argument("--haystack", metavar="FILE.txt", help="text to hide needles in (default: generated)")
-    task.add_argument("--depths", type=several(percent), default=[0, 25, 50, 75, 100], metavar="A,B,C", help="of the needle, in percent")
+    task.add_argument("--depths", type=several(percent), default=[0, 25, 50, 75, 100], metavar="A,B,C",
+                      help="of the needle, in percent")
     task.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", metavar="PATH", help="write the result for scripts")
     result.add_argument("--plot", metavar="PATH.png", help="draw the result")
-    result.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same flags stopped")
+    result.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped (same flags)")
 
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -2214,33 +2279,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     p = command("train", command_train, "learn the scales", model, task, result)
     p.add_argument("--mode", default="head", choices=METHOD, help="one scale per head (SEAL-H) or per channel (SEAL-C)")
-    p.add_argument("--length", type=whole_number, metavar="TOKENS", help="of each prompt (default: the context less the answer)")
+    p.add_argument("--length", type=whole_number, metavar="TOKENS", help="(default: the context less the answer)")
     p.add_argument("--samples", type=whole_number, default=50)
     p.add_argument("--epochs", type=whole_number, default=1)
     p.add_argument("--lr", type=positive, help="learning rate (default: the paper's, by mode and task)")
-    p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory (long prompts on a small GPU)")
+    p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory, for a small GPU")
     p.add_argument("--out", default="scales.safetensors", metavar="PATH")
 
     p = command("eval", command_eval, "accuracy by length", model, task, result)
     p.add_argument("--scales", metavar="PATH")
     p.add_argument("--compare", action="store_true", help="the base beside the scaled model")
-    p.add_argument("--lengths", type=several(whole_number), metavar="A,B,C", help="tokens of the prompts (default: six, up to the context)")
+    p.add_argument("--lengths", type=several(whole_number), metavar="A,B,C", help="(default: six, up to the context)")
     p.add_argument("--prompts", type=whole_number, default=50, help="per length")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
 
     p = command("heads", command_heads, "which heads help, which hurt", model, task, result)
     p.add_argument("--scales", metavar="PATH", help="show learned scales beside the effects")
-    p.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"], help="first order in one backward pass, or exact, one run per head")
-    p.add_argument("--lengths", type=several(whole_number), metavar="A,B", help="two lengths to compare (default: 0.9 of the context and all of it)")
+    p.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"],
+                   help="gradient: to first order, all heads at once; prune: exact, one run per head")
+    p.add_argument("--lengths", type=several(whole_number), metavar="A,B", help="(default: 0.9 of the context and all)")
     p.add_argument("--prompts", type=whole_number, default=50, help="per length")
     p.add_argument("--channels", type=layer_and_head, metavar="L.H", help="look at the channels inside one head")
-    p.add_argument("--quadrants", type=several(positive), metavar="LOW,HIGH", help="scale harmful and helpful heads so, without training, and evaluate: 0.9,1.1")
+    p.add_argument("--quadrants", type=several(positive), metavar="LOW,HIGH",
+                   help="scale harmful heads and helpful heads so, without training, and evaluate: 0.9,1.1")
     p.add_argument("--direct", action="store_true", help="direct effect on the logits of a prompt that --scales mend")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
 
     p = command("bench", command_bench, "time a model's shape on this machine", device, task, result)
     p.add_argument("--shape", default="1b", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
-    p.add_argument("--length", type=whole_number, metavar="TOKENS", help="of the prompt (default: the context less the answer)")
+    p.add_argument("--length", type=whole_number, metavar="TOKENS", help="(default: the context less the answer)")
     p.add_argument("--mode", default="head", choices=METHOD)
     p.add_argument("--steps", type=whole_number, default=3, help="training steps to time")
     p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory")
