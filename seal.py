@@ -1111,20 +1111,25 @@ KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 
 LONG_KEYS = KEYS + [f"{adjective}-{key}" for adjective in ADJECTIVES for key in KEYS]
 
 
-def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int) -> Sample:
+def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int, depth: float | None = None) -> Sample:
     """A record of `line adjective-noun: REGISTER_CONTENT is <number>` that fills `length` tokens, and one question.
 
-    Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform over the record.
+    Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform over the record, or at
+    `depth` percent of it.
     """
     limit = length // 4 + 1  # no line is shorter than four tokens
     keys = rng.sample(KEYS if limit <= len(KEYS) else LONG_KEYS, min(limit, len(LONG_KEYS)))
     numbers = [rng.randint(1, 50000) for _ in keys]
     asked = rng.random()  # of the record, as a share: whatever its length will be, each line is as likely as any other
+    if depth is not None:
+        asked = depth / 100
 
     def make(n: int) -> Sample:
         lines = "".join(LINE.format(key=k, number=x) for k, x in zip(keys[:n], numbers))
-        key, number = keys[int(asked * n)], numbers[int(asked * n)]
-        return Sample(RECORD.format(lines=lines, key=key), LINE_ANSWER.format(key=key, number=number), expected=number)
+        line = min(n - 1, int(asked * n))
+        key, number = keys[line], numbers[line]
+        prompt, answer = RECORD.format(lines=lines, key=key), LINE_ANSWER.format(key=key, number=number)
+        return Sample(prompt, answer, expected=number, depth=depth)
 
     return largest_fit(make, tokenizer, length, limit)
 
@@ -1240,12 +1245,13 @@ def read_jsonl(path) -> list[Sample]:
 
 
 def make_samples(
-    task, tokenizer, config, length, count, split, seed=0, depths=(50,), haystack=None, avoid=()
+    task, tokenizer, config, length, count, split, seed=0, depths=None, haystack=None, avoid=()
 ) -> list[Sample]:
     """`count` samples of a task ("lines", "needle" or a JSONL file), each prompt at most `length` tokens, all included.
 
     split is "train" or "eval" and part of the seed, and prompts whose prompt_id is in `avoid` are left out, so that
-    training and evaluation never share one. Depths (percent) are taken in turn; training puts needles anywhere.
+    training and evaluation never share one. For evaluation, depths (percent) are taken in turn: of the needle, by
+    default 0, 25, 50, 75 and 100, or of the asked line, by default anywhere. Training puts both anywhere.
     """
     window = config.sliding_window
     if window and length > window:
@@ -1264,15 +1270,17 @@ def make_samples(
         random.Random(f"{seed}").shuffle(samples)
         return [s for s in samples if prompt_id(s.prompt) not in avoid][:count]
     sentences = read_haystack(haystack) if haystack else None
+    depths = depths or ((0, 25, 50, 75, 100) if task == "needle" else None)
     samples = []
     for i in range(count):
         rng = random.Random(f"{task} {split} {seed} {length} {i}")
+        depth = depths[i % len(depths)] if depths and split != "train" else None
         if task == "lines":
-            sample = lines_sample(rng, tokenizer, length)
+            sample = lines_sample(rng, tokenizer, length, depth)
         elif split == "train":
             sample = needle_sample(rng, tokenizer, length, rng.choice(TRAINING_NEEDLES), rng.uniform(0, 100), sentences)
         else:
-            sample = needle_sample(rng, tokenizer, length, TEST_NEEDLE, depths[i % len(depths)], sentences)
+            sample = needle_sample(rng, tokenizer, length, TEST_NEEDLE, depth or 0.0, sentences)
         sample.length = length
         samples.append(sample)
     return [s for s in samples if prompt_id(s.prompt) not in avoid]
@@ -1972,7 +1980,6 @@ def command_heads(args) -> None:
     if args.quadrants:
         variants = {"base": [torch.ones_like(s.detach()) for s in model.scales()]}
         variants |= quadrant_scales(model, sites, x, y, *args.quadrants)
-        args.depths = args.depths[:1] if args.task == "lines" else args.depths
         cells, results = evaluation_cells(args, config, tokenizer), {}
         for variant, scales in variants.items():
             model.set_scales(scales)
@@ -2257,8 +2264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     model.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
     task.add_argument("--task", default="lines", metavar="TASK", help="lines, needle or FILE.jsonl")
     task.add_argument("--haystack", metavar="FILE.txt", help="text to hide needles in (default: generated)")
-    task.add_argument("--depths", type=several(percent), default=[0, 25, 50, 75, 100], metavar="A,B,C",
-                      help="of the needle, in percent")
+    task.add_argument("--depths", type=several(percent), metavar="A,B,C", help="of the needle, or the asked line, in percent")
     task.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", metavar="PATH", help="write the result for scripts")
     result.add_argument("--plot", metavar="PATH.png", help="draw the result")
