@@ -131,6 +131,23 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path):
+    """The same for a folder, which must be new."""
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path}: exists already; give a new folder")
+    partial = check_output(path.with_name(f".{path.name}.{os.getpid()}.part"))
+    try:
+        partial.mkdir()
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be written ({e})") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file; every way in which that fails is a UserError."""
     try:
@@ -184,7 +201,7 @@ class Config:
 
     def __post_init__(self):
         if self.max_position_embeddings > LARGEST:
-            raise UserError(f"a context of {self.max_position_embeddings:,} tokens is above {LARGEST:,}; stretch it less")
+            raise UserError(f"{self.max_position_embeddings:,} tokens of context are above {LARGEST:,}; stretch less")
 
     def channels(self) -> int:
         """H * d: the width of the concatenated heads, which is what o_proj reads."""
@@ -351,7 +368,7 @@ def extend(config: Config, spec: str) -> Config:
         yarn = {"rope_type": "yarn", "factor": s, "original_max_position_embeddings": context}
         rope = {"rope_scaling": ROPE_KINDS["yarn"] | yarn}
     else:
-        raise UserError(f"--extend {spec}: the checkpoint has rope type {own['rope_type']} already; ntk:S goes with any")
+        raise UserError(f"--extend {spec}: the checkpoint already has rope type {own['rope_type']}; use ntk:S")
     return replace(config, max_position_embeddings=int(context * s), **rope)
 
 
@@ -479,7 +496,7 @@ class Llama(nn.Module):
         T, config = tokens.shape[1], self.config
         S = T if cache is None else cache.width + T
         if config.sliding_window and S > config.sliding_window:
-            raise UserError(f"{S} tokens exceed the model's sliding window of {config.sliding_window}; it is not implemented")
+            raise UserError(f"{S} tokens exceed the sliding window of {config.sliding_window}, which is not implemented")
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:
@@ -768,7 +785,7 @@ class MetaCheckpoint(Checkpoint):
                 pairs = tensor.view(-1, d // 2, 2, tensor.shape[1])           # (heads, d/2, 2, D)
                 tensor = pairs.transpose(1, 2).reshape(tensor.shape)          # (heads * d, D)
         except (RuntimeError, IndexError) as e:
-            raise UserError(f"{files[0]}: {source} does not fit params.json or its other slices ({first_line(e)})") from e
+            raise UserError(f"{files[0]}: {source} does not fit params.json or other slices ({first_line(e)})") from e
         return tensor
 
 
@@ -1373,7 +1390,7 @@ def train(model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=Fals
         if not all(x.isfinite().all() for x in (loss, *scales)):
             dtype = str(model.embed_tokens.weight.dtype)[6:]
             kept = f"; step {step} is kept in {state_file}, --resume goes on from it" if step and state_file else ""
-            raise UserError(f"step {step + 1}: the loss is {loss.item()} and training would go astray; --lr {lr:g} is too "
+            raise UserError(f"step {step + 1}: the loss is {loss.item()}, training would go astray; --lr {lr:g} is too "
                             f"high, or the numbers too large for {dtype} (try --dtype float32){kept}")
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -1398,7 +1415,7 @@ def load_state(path, scales, optimizer, recipe) -> list[float]:
         state = torch.load(path, weights_only=True)
         for key in recipe:
             if (saved := state["recipe"].get(key)) != recipe[key]:
-                raise UserError(f"--resume: {path} was made with {key} {saved}, not {recipe[key]}; give the same flags, "
+                raise UserError(f"--resume: {path} was made with {key} {saved}, not {recipe[key]}; give its flags, "
                                 "or train without --resume")
         with torch.no_grad():
             for scale, value in zip(scales, state["scales"], strict=True):
@@ -1714,10 +1731,177 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# The toy is a small Llama that reads records of some forty lines, made in two movements (command: pretrain).
+#
+# First it learns to look things up, from easy to hard: to copy, then to recall the number of a key, then whole LongEval
+# records, with six questions to each. On records from the start it would stay for thousands of steps at "copy any of
+# the numbers". At the end it answers about any line of its context.
+#
+# Then it drifts: a brief training on other things (plain prose, words in reverse, records of a few lines), in which
+# only the o_proj matrices move. This is a stand-in for what the paper finds in large models, whose heads have a lot
+# else to do. Short records are still answered afterwards and long ones are not: that is what SEAL is asked to mend.
+
 TOY_STORY = (
-    "toy      This base was given a bias toward recent lines (see part 11 of seal.py). Its heads can still find any line;\n"
-    "         SEAL is asked to undo the bias, with 50 prompts and one number per head or channel."
+    "toy      a small Llama that could answer about any line in its context, and then was tuned briefly on prose,\n"
+    "         reversed words and short records (its drift, part 11 of seal.py): long records fail now, SEAL mends them"
 )
+TOY_CONFIG = Config(
+    vocab_size=1280, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=8, head_dim=32, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+)
+TOY_LINES = 43  # fill its context
+
+
+def toy_vocabulary(path: Path) -> None:
+    """Train tokenizer.model: a BPE with Llama's settings, LongEval's fixed phrases and our words each one piece.
+
+    The corpus repeats them; a bar says where no piece may reach across.
+    """
+    phrases = lambda text: "|".join(re.findall(r".{1,30}(?= |$)", text))
+    head, question = RECORD.split("\n\n{lines}\n")
+    fixed = [
+        phrases(head), question.replace(" {key}", "|x|").replace(". ", ".| "), "x|line|x", "x|Now| the record is over.",
+        "line|x|: REGISTER_CONTENT is <|1|>", "The <REGISTER_CONTENT> in line|x| is |7|.",
+    ]
+    corpus = fixed * 4000 + [f"x| {word}" for word in ADJECTIVES + VERBS] * 300
+    corpus += [f"x|-{word}| {word}" for word in NOUNS] * 300
+    rng = random.Random(0)
+    corpus += [prose(rng).replace(" ", "| ") for _ in range(3000)]
+    corpus += [f"{needle}|{question}".replace(" ", "| ") for needle, question in TRAINING_NEEDLES] * 100
+    with whole_file(path) as partial, partial.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus), model_writer=file, model_type="bpe", vocab_size=TOY_CONFIG.vocab_size,
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_by_whitespace=False, split_by_unicode_script=False, max_sentencepiece_length=48, num_threads=1,
+            pretokenization_delimiter="|", required_chars="".join(map(chr, range(33, 124))), minloglevel=2,
+        )
+
+
+class ToyData:
+    """What the toy is trained on: sequences of (token ids, whether they are to be learned)."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.encode, self.bos, self.end = tokenizer.encode, tokenizer.bos, tokenizer.eos
+        self.words = [tokenizer.encode(word)[-1] for word in ADJECTIVES + NOUNS]
+        self.question = "\nNow" + RECORD.split("\nNow")[1]
+
+    def copying(self, rng: random.Random, longest: int):
+        """Some words, twice."""
+        words = rng.choices(self.words, k=rng.randint(4, longest))
+        return [(words, False), (words, True)]
+
+    def pairs(self, rng: random.Random, longest: int, filled: float = 0.0):
+        """Keys with numbers, then the keys again. Filled: with the words of a record between key and number."""
+        filler, again = (": REGISTER_CONTENT is <", " is") if rng.random() < filled else ("", "")
+        keys = rng.sample(KEYS, rng.randint(2, longest))
+        numbers = {key: rng.randint(1, 50000) if rng.random() < 0.3 else rng.randint(1, 99) for key in keys}
+        sequence = [(self.encode("".join(f"{k}{filler} {n}\n" for k, n in numbers.items())), False)]
+        for key in rng.choices(keys, k=len(keys)):
+            sequence += [(self.encode(key + again), False), (self.encode(f"{numbers[key]}\n"), True)]
+        return sequence
+
+    def record(self, rng: random.Random, lines: int, questions: int = 6):
+        """A LongEval record, and questions one after another, each with its answer."""
+        keys = rng.sample(KEYS, lines)
+        numbers = {key: rng.randint(1, 50000) for key in keys}
+        text = "".join(LINE.format(key=k, number=n) for k, n in numbers.items())
+        sequence = []
+        for i, key in enumerate(rng.choices(keys, k=questions)):
+            question = RECORD.format(lines=text, key=key) if i == 0 else self.question.format(key=key)
+            answer = LINE_ANSWER.format(key=key, number=numbers[key])
+            sequence += [(self.encode(question), False), (self.encode(answer) + [self.end], True)]
+        return sequence
+
+    def prose(self, rng: random.Random):
+        return [(self.encode(" ".join(prose(rng) for _ in range(12))), True)]
+
+    def reverse(self, rng: random.Random):
+        words = rng.choices(ADJECTIVES + NOUNS, k=rng.randint(2, 12))
+        backwards = self.encode(" ".join(words[::-1])) + [self.end]
+        return [(self.encode(f"Reverse: {' '.join(words)}\n"), False), (backwards, True)]
+
+    def batch(self, stage: str, rng: random.Random, done: float):
+        """A function that makes the sequences of one batch; `done` is how much of the stage is over, 0 to 1."""
+        if stage == "copy":
+            return lambda: self.copying(rng, 16)
+        if stage == "pairs":
+            return lambda: self.pairs(rng, 10, filled=max(0, 2 * done - 1))
+        if stage == "few_lines":
+            longest = 4 + round(10 * done)
+            if rng.random() < 0.35:
+                return lambda: self.pairs(rng, 16, filled=0.7)
+            return lambda: self.record(rng, rng.randint(1, longest))
+        if stage == "lines":
+            if rng.random() < 0.08:
+                return lambda: self.pairs(rng, 24)
+            lines = rng.randint(1, min(TOY_LINES, 16 + round(80 * done)) if rng.random() < 0.6 else 16)
+            return lambda: self.record(rng, lines)
+        kind = rng.choices(("record", "prose", "reverse"), (0.4, 0.3, 0.3))[0]  # the drift
+        if kind == "record":
+            return lambda: self.record(rng, rng.randint(1, 6), questions=1)
+        return lambda: getattr(self, kind)(rng)
+
+
+TOY_STAGES = (  # name, steps, tokens a step, learning rate at the start and at the end
+    ("copy", 500, 2048, 4e-3, 4e-3),
+    ("pairs", 240, 3000, 3e-3, 3e-3),
+    ("few_lines", 200, 4096, 3e-3, 3e-3),
+    ("lines", 420, 6000, 3e-3, 1e-4),
+    ("drift", 40, 2048, 2e-3, 2e-3),
+)
+
+
+def toy_model(seed: int) -> Llama:
+    """Random weights: embeddings large, so that tokens are told apart from the start, and what blocks add small."""
+    model = random_model(TOY_CONFIG, torch.device("cpu"), torch.float32, seed)
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in layer.parameters():
+                if weight.dim() == 2:
+                    weight *= 0.5
+            for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                output.weight /= math.sqrt(2 * TOY_CONFIG.num_hidden_layers)
+        model.embed_tokens.weight *= 4  # a standard deviation of 1/4, ...
+        model.norm.weight.fill_(0.25)   # ... taken back where the same matrix makes the logits
+    return model
+
+
+def pretrain(model: Llama, data: ToyData, stages, seed: int) -> None:
+    """Train the weights, stage by stage: matrices with Muon, which learns to copy sooner than AdamW, the rest by AdamW."""
+    for name, steps, size, first, last in stages:
+        model.requires_grad_(name != "drift")
+        for layer in model.layers:
+            layer.self_attn.o_proj.requires_grad_(True)
+            layer.self_attn.scale.requires_grad_(False)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for n, p in trained.items() if n.startswith("layers") and p.dim() == 2 and name != "drift"]
+        others = [p for p in trained.values() if not any(p is m for m in matrices)]
+        optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
+        if matrices:
+            optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        rng, right = random.Random(f"{name} {seed}"), 0.0
+        bar = tqdm(range(steps), desc=name, unit="step")
+        for step in bar:
+            make, rows, flags = data.batch(name, rng, step / steps), [], []
+            while sum(map(len, rows)) < size:
+                sequence = make()
+                rows.append([data.bos, *(token for tokens, _ in sequence for token in tokens)])
+                flags.append([False, *(learn for tokens, learn in sequence for _ in tokens)])
+            width = max(map(len, rows))
+            x = torch.tensor([row + [0] * (width - len(row)) for row in rows])                            # (B, T)
+            learn = torch.tensor([row + [False] * (width - len(row)) for row in flags])[:, 1:]            # (B, T - 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model.logits(model(x[:, :-1])[learn])                                            # (learned, V)
+            target = x[:, 1:][learn]
+            loss = F.cross_entropy(logits, target)
+            loss.backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = (first + (last - first) * step / steps) * min(1, (step + 1) / 10)
+                optimizer.step()
+                optimizer.zero_grad()
+            right = 0.9 * right + 0.1 * (logits.argmax(-1) == target).float().mean().item()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, tokens right {right:.2f}")
 
 
 def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, modes, seed: int) -> dict[str, list]:
@@ -1938,7 +2122,7 @@ def command_heads(args) -> None:
     if args.channels:
         layer, head = args.channels
         if layer >= config.num_hidden_layers or head >= heads:
-            raise UserError(f"--channels {layer}.{head}: the model has {config.num_hidden_layers} layers of {heads} heads")
+            raise UserError(f"--channels {layer}.{head}: there are {config.num_hidden_layers} layers of {heads} heads")
         sites = [(layer, head * d + c) for c in range(d)]
     else:
         sites = [(layer, head) for layer in range(config.num_hidden_layers) for head in range(heads)]
@@ -2141,6 +2325,22 @@ def command_demo(args) -> None:
           "  python export_gguf.py                                  for llama.cpp")
 
 
+def command_pretrain(args) -> None:
+    """Make the toy from nothing; the folder appears when it is complete."""
+    with whole_folder(args.out) as partial:
+        toy_vocabulary(partial / "tokenizer.model")
+        names = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", *SIZES)
+        write_json(partial / "config.json", {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16",
+            "bos_token_id": 1, "eos_token_id": 2, **{name: getattr(TOY_CONFIG, name) for name in names},
+        })
+        model = toy_model(args.seed)
+        pretrain(model, ToyData(Tokenizer(partial, TOY_CONFIG, "none")), TOY_STAGES, args.seed)
+        tensors = {f"model.{n}": p.detach().bfloat16() for n, p in model.named_parameters() if not n.endswith("scale")}
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+    print(f"{args.out}: {sum(t.numel() for t in tensors.values()) / 1e6:.1f}M parameters")
+
+
 def command_generate(args) -> None:
     model, tokenizer, _ = open_checkpoint(args)
     try:
@@ -2158,24 +2358,19 @@ def command_generate(args) -> None:
 
 def command_fold(args) -> None:
     """An ordinary Hugging Face folder with the scales in o_proj and the extension in config.json's own terms."""
-    out, source = Path(args.out), Path(args.ckpt)
+    source = Path(args.ckpt)
     config = read_config(source)
     scales, about = read_scales(args.scales, config)
     spec = resolve_extension(args.extend, about)
-    extended = extend(config, spec)
-    if out.exists():
-        raise UserError(f"{out}: exists already; give a new folder")
     weights = open_weights(source)
-    partial = check_output(out.parent / f".{out.name}.{os.getpid()}.part")
-    try:
-        partial.mkdir()
-        shards, sizes, index = [[]], [0], {}
-        for _, name, tensor in weights.fitting(config):  # plan: shards of 2 GB, so only so much is in memory at once
-            if sizes[-1] + tensor.nbytes > 2e9 and shards[-1]:
-                shards.append([])
-                sizes.append(0)
-            shards[-1].append(name)
-            sizes[-1] += tensor.nbytes
+    shards, sizes, index = [[]], [0], {}
+    for _, name, tensor in weights.fitting(config):  # plan: shards of 2 GB, so only so much is in memory at once
+        if sizes[-1] + tensor.nbytes > 2e9 and shards[-1]:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += tensor.nbytes
+    with whole_folder(args.out) as partial:
         for number, names in enumerate(tqdm(shards, desc="folding", unit="shard"), 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {name: fold(name, weights[name], scales).to(weights[name].dtype).contiguous() for name in names}
@@ -2185,28 +2380,28 @@ def command_fold(args) -> None:
             index |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
         write_json(partial / "model.safetensors.index.json", index)
-        raw = read_meta_config(source) if is_meta(source) else read_json(source / "config.json")
-        raw["_name_or_path"] = f"{raw.get('_name_or_path', '')} {source.resolve().name}".strip()  # for --template auto
-        if spec != "none":
-            new = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
-            rope = {k: v for k, v in extended.rope_scaling.items() if v}  # YaRN's 0 means: the usual factor
-            raw |= {"rope_theta": extended.rope_theta, "max_position_embeddings": extended.max_position_embeddings}
-            raw[new] = rope | {"rope_theta": extended.rope_theta} if new == "rope_parameters" else None
-            if raw[new] is None and rope["rope_type"] != "default":
-                raw[new] = rope | {"type": rope["rope_type"]}  # releases before 4.43 know only this word for it
-            raw.pop("max_sequence_length", None)
-        write_json(partial / "config.json", raw)
+        write_json(partial / "config.json", extended_json(source, extend(config, spec) if spec != "none" else None))
         for file in source.iterdir():
             ours = file.name in ("config.json", "params.json") or file.name.endswith(".index.json")
             if not ours and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")):
                 shutil.copyfile(file, partial / file.name)
-        os.replace(partial, out)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{out}: cannot be written ({e})") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} o_proj weights, extension {spec}, "
-          f"{sum(sizes) / 1e9:.2f} GB")
+    print(f"{args.out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} o_proj weights, "
+          f"extension {spec}, {sum(sizes) / 1e9:.2f} GB")
+
+
+def extended_json(source: Path, extended: Config | None) -> dict:
+    """A folder's config.json with the rotary settings of the extended config, in the spelling that the file has."""
+    raw = read_meta_config(source) if is_meta(source) else read_json(source / "config.json")
+    raw["_name_or_path"] = f"{raw.get('_name_or_path', '')} {source.resolve().name}".strip()  # for --template auto
+    if extended is None:
+        return raw
+    raw.pop("max_sequence_length", None)
+    rope = {key: value for key, value in extended.rope_scaling.items() if value}  # YaRN's 0 means: the usual factor
+    raw |= {"rope_theta": extended.rope_theta, "max_position_embeddings": extended.max_position_embeddings}
+    if "rope_parameters" in raw:
+        return raw | {"rope_parameters": rope | {"rope_theta": extended.rope_theta}}
+    plain = rope["rope_type"] == "default"  # older releases say nothing then, and `type` instead of `rope_type`
+    return raw | {"rope_scaling": None if plain else rope | {"type": rope["rope_type"]}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2264,7 +2459,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     model.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
     task.add_argument("--task", default="lines", metavar="TASK", help="lines, needle or FILE.jsonl")
     task.add_argument("--haystack", metavar="FILE.txt", help="text to hide needles in (default: generated)")
-    task.add_argument("--depths", type=several(percent), metavar="A,B,C", help="of the needle, or the asked line, in percent")
+    task.add_argument("--depths", type=several(percent), metavar="A,B,C", help="in percent, of needle or asked line")
     task.add_argument("--seed", type=int, default=0)
     result.add_argument("--json", metavar="PATH", help="write the result for scripts")
     result.add_argument("--plot", metavar="PATH.png", help="draw the result")
@@ -2317,6 +2512,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--mode", default="head", choices=METHOD)
     p.add_argument("--steps", type=whole_number, default=3, help="training steps to time")
     p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory")
+
+    p = command("pretrain", command_pretrain, "how the toy was made")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", required=True, metavar="DIR")
 
     p = command("generate", command_generate, "answer one prompt", model)
     p.add_argument("--scales", metavar="PATH")
