@@ -287,7 +287,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
 
 def export(folder: Path, config: seal.Config, scales, about: dict, outfile: Path, kind: GGMLQuantizationType) -> int:
     """Write the GGUF file and return the number of its tensors. `about` is the scales' metadata."""
-    tensors = plan(seal.Checkpoint(folder), config, scales, kind)
+    tensors = plan(seal.open_weights(folder), config, scales, kind)
     with seal.whole_file(outfile) as unfinished, closing(gguf.GGUFWriter(unfinished, "llama")) as writer:
         writer.add_type("model")
         writer.add_name(folder.resolve().name + ("-seal" if scales else ""))
@@ -439,7 +439,7 @@ def run(args) -> None:
         # llama.cpp's "llama" attends to everything; up to the window that is the same.
         note(f"context cut to the model's sliding window, {config.sliding_window}, which llama.cpp's llama lacks")
         config = replace(config, max_position_embeddings=config.sliding_window)
-    kind = automatic_type(seal.Checkpoint(args.ckpt)) if args.outtype == "auto" else TYPES[args.outtype]
+    kind = automatic_type(seal.open_weights(args.ckpt)) if args.outtype == "auto" else TYPES[args.outtype]
     type_name, context = kind.name.lower(), config.max_position_embeddings
     outfile = args.outfile or Path(f"{args.ckpt.resolve().name}{'-seal' if scales else ''}-{type_name}.gguf")
     seal.check_output(outfile, [args.scales, *(p for p in args.ckpt.iterdir() if p.suffix != ".gguf")])
