@@ -74,6 +74,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -804,7 +805,7 @@ def read_meta_config(folder: Path) -> dict:
         "num_attention_heads": params.get("n_heads"),
         "num_key_value_heads": params.get("n_kv_heads"),
         "rms_norm_eps": params.get("norm_eps"),
-        "rope_theta": params.get("rope_theta"),
+        "rope_theta": params.get("rope_theta", 10000.0),
         "vocab_size": rows("embed_tokens.weight"),
         "intermediate_size": rows("layers.0.mlp.gate_proj.weight"),
         "max_position_embeddings": 4096 if params.get("norm_eps") == 1e-5 else 2048,  # how Llama 2 and 1 differ
@@ -1784,20 +1785,23 @@ class ToyData:
         self.encode, self.bos, self.end = tokenizer.encode, tokenizer.bos, tokenizer.eos
         self.words = [tokenizer.encode(word)[-1] for word in ADJECTIVES + NOUNS]
         self.question = "\nNow" + RECORD.split("\nNow")[1]
+        # Between a key and its number: nothing; a record's words; and when asked, an answer's words, then its space.
+        record, answer = tokenizer.encode("x: REGISTER_CONTENT is <")[1:], tokenizer.encode("is 1")[:-1]
+        self.between = [([], []), (record, answer[:1]), (record, answer)]
 
-    def copying(self, rng: random.Random, longest: int):
+    def copying(self, rng: random.Random, length: int):
         """Some words, twice."""
-        words = rng.choices(self.words, k=rng.randint(4, longest))
+        words = rng.choices(self.words, k=length)
         return [(words, False), (words, True)]
 
-    def pairs(self, rng: random.Random, longest: int, filled: float = 0.0):
-        """Keys with numbers, then the keys again. Filled: with the words of a record between key and number."""
-        filler, again = (": REGISTER_CONTENT is <", " is") if rng.random() < filled else ("", "")
-        keys = rng.sample(KEYS, rng.randint(2, longest))
-        numbers = {key: rng.randint(1, 50000) if rng.random() < 0.3 else rng.randint(1, 99) for key in keys}
-        sequence = [(self.encode("".join(f"{k}{filler} {n}\n" for k, n in numbers.items())), False)]
-        for key in rng.choices(keys, k=len(keys)):
-            sequence += [(self.encode(key + again), False), (self.encode(f"{numbers[key]}\n"), True)]
+    def pairs(self, rng: random.Random, count: int, level: int):
+        """Keys with numbers, then the keys again, to be followed by their numbers. Level 0, 1, 2: see `between`."""
+        told, asked = self.between[level]
+        numbers = {key: rng.randint(1, 50000 if rng.random() < 0.3 else 99) for key in rng.sample(KEYS, count)}
+        digits = lambda key: [self.encode(digit)[-1] for digit in str(numbers[key])]
+        sequence = [(self.encode(key) + told + digits(key) + self.encode(">\n")[-2:], False) for key in numbers]
+        for key in rng.choices(list(numbers), k=count):
+            sequence += [(self.encode(key) + asked, False), (digits(key) + self.encode("x.")[-1:], True)]
         return sequence
 
     def record(self, rng: random.Random, lines: int, questions: int = 6):
@@ -1823,22 +1827,27 @@ class ToyData:
     def batch(self, stage: str, rng: random.Random, done: float):
         """A function that makes the sequences of one batch; `done` is how much of the stage is over, 0 to 1."""
         if stage == "copy":
-            return lambda: self.copying(rng, 16)
+            length = rng.randint(4, 16)
+            return lambda: self.copying(rng, length)
         if stage == "pairs":
-            return lambda: self.pairs(rng, 10, filled=max(0, 2 * done - 1))
+            count, level = rng.randint(2, 12), 0 if done < 0.5 else rng.randint(0, 1)
+            return lambda: self.pairs(rng, count, level)
         if stage == "few_lines":
-            longest = 4 + round(10 * done)
             if rng.random() < 0.35:
-                return lambda: self.pairs(rng, 16, filled=0.7)
-            return lambda: self.record(rng, rng.randint(1, longest))
+                count, level = rng.randint(4, 24), rng.choice((0, 1, 2, 2))
+                return lambda: self.pairs(rng, count, level)
+            lines = rng.randint(1, 4 + round(10 * done))
+            return lambda: self.record(rng, lines)
         if stage == "lines":
             if rng.random() < 0.08:
-                return lambda: self.pairs(rng, 24)
+                count = rng.randint(4, 32)
+                return lambda: self.pairs(rng, count, 0)
             lines = rng.randint(1, min(TOY_LINES, 16 + round(80 * done)) if rng.random() < 0.6 else 16)
             return lambda: self.record(rng, lines)
         kind = rng.choices(("record", "prose", "reverse"), (0.4, 0.3, 0.3))[0]  # the drift
         if kind == "record":
-            return lambda: self.record(rng, rng.randint(1, 6), questions=1)
+            lines = rng.randint(1, 6)
+            return lambda: self.record(rng, lines, questions=1)
         return lambda: getattr(self, kind)(rng)
 
 
@@ -1890,7 +1899,7 @@ def pretrain(model: Llama, data: ToyData, stages, seed: int) -> None:
             width = max(map(len, rows))
             x = torch.tensor([row + [0] * (width - len(row)) for row in rows])                            # (B, T)
             learn = torch.tensor([row + [False] * (width - len(row)) for row in flags])[:, 1:]            # (B, T - 1)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the fastest for short sequences
                 logits = model.logits(model(x[:, :-1])[learn])                                            # (learned, V)
             target = x[:, 1:][learn]
             loss = F.cross_entropy(logits, target)

@@ -408,7 +408,6 @@ def test_metas_own_release_is_the_checkpoint_it_was_converted_to(vocabulary, tmp
     assert gap(logits(load(out), tokens), logits(ours, tokens)) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="fold writes rope_theta: null where params.json has none")
 def test_transformers_reads_a_folded_release_of_metas(vocabulary, tmp_path, capsys):
     source, meta, out, path = (tmp_path / name for name in ("ckpt", "meta", "out", "s.safetensors"))
     make_checkpoint(source, vocabulary, num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=4096)
