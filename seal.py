@@ -10,17 +10,18 @@ balance between them, learned on short texts, is wrong for long ones.
 So learn the balance and nothing else. Freeze every weight, multiply each head's output by one number, and train
 those numbers on 50 synthetic prompts (section 4):
 
-        y = concat_h( s_h * softmax(q_h k_h^T / sqrt(d)) v_h ) W_o                                          (SEAL)
+        y = concat_h( s_h * softmax(q_h k_h^T / sqrt(d)) v_h ) W_o^T                                        (SEAL)
 
   SEAL-H  (--mode head)     one s per layer and head:     32 x 32         =   1,024 numbers for a 7B
   SEAL-C  (--mode channel)  one s per layer and channel:  32 x (32 x 128) = 131,072 numbers for a 7B
 
 A scale above 1 makes a head speak louder into the residual stream, below 1 quieter, 0 prunes it. All start at 1,
-where the model is exactly the one you downloaded. When training ends, s multiplies columns of W_o, and what is
-left is an ordinary checkpoint of the ordinary size: the gain costs nothing at inference.
+where the model is exactly the one you downloaded. Before W_o the heads are still apart, after it they are one sum: it
+is the last place to weigh them. When training ends, s multiplies columns of W_o, and what is left is an ordinary
+checkpoint of the ordinary size: the gain costs nothing at inference.
 
-The map of this file, bottom-up: each part uses only what stands above it
---------------------------------------------------------------------------
+The map of this file, bottom-up: each part builds on those above it
+--------------------------------------------------------------------
   1. Errors and files      one-line messages, writes that are whole or absent
   2. Config                config.json, checked at the door
   3. Rotary positions      plain, linear, YaRN, Llama-3; --extend ntk / linear / yarn
@@ -34,11 +35,15 @@ The map of this file, bottom-up: each part uses only what stands above it
  11. The toy               how assets/toy-llama was made, and the demo
  12. Command line
 
+In a hurry, read Attention (the one line), Recompute, fold, answer_loss and train, in this order.
+
 Three commands to start with
 ----------------------------
     python seal.py demo                               no checkpoint needed: the bundled toy, before and after
     python seal.py train --ckpt llama-7b              writes scales.safetensors
     python export_gguf.py --ckpt llama-7b --scales scales.safetensors --outfile llama-7b-seal.gguf
+
+The last one is the other file of this project: it folds the scales in and writes what llama.cpp reads.
 
 Shapes are written with the same letters everywhere: B prompts in a batch, T tokens, S tokens in the cache, D width
 of the residual stream (hidden_size), H query heads, G key-value heads, d channels per head (head_dim), L layers,
@@ -52,7 +57,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -64,6 +68,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -302,8 +307,8 @@ def read_config(folder) -> Config:
 # 3. Rotary positions
 # ---------------------------------------------------------------------------------------------------------------------
 # RoPE turns pair i of a head's channels by the angle (position x freq_i), so that q . k depends on the distance only.
-# freq_0 = 1 radian per token tells neighbours apart; the last pair turns once in 60,000 tokens. Every context
-# extension is a table of other frequencies: nothing is trained.
+# freq_0 = 1 radian per token tells neighbours apart; the last pair turns once in 54,000 tokens (d 128, base 10000).
+# Every context extension is a table of other frequencies: nothing is trained.
 
 # Kinds of rope_scaling in config.json, with their parameters and defaults. None: must be given, or, for the original
 # context, is the model's. YaRN's attention_factor of 0 means the usual one, 0.1 ln(factor) + 1.
@@ -348,8 +353,9 @@ def extend(config: Config, spec: str) -> Config:
     """The config with its context stretched by a training-free method: "none", "ntk:4", "linear:2", "yarn:4", ...
 
     NTK replaces the base b by b * S^(d / (d - 2)) (paper, section 6): the slowest pair is stretched by exactly S, so
-    that S times the distance gives the angle it knows, and the fastest pair, which tells neighbours apart, stays as
-    it is. An extension is a change of config and nothing more, so model, fold and export follow without being told.
+    that S times the distance gives the angle it knows, the fastest pair, which tells neighbours apart, stays as it is,
+    and those between are stretched by a power of S between 0 and 1. An extension is a change of config and nothing
+    more, so model, fold and export follow without being told.
     """
     if spec == "none":
         return config
@@ -414,7 +420,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, G * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, G * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
-        self.scale = nn.Parameter(torch.ones(H))  # (H,) for SEAL-H, (H * d,) for SEAL-C
+        self.scale = nn.Parameter(torch.ones(H))  # (H,) for SEAL-H; set_scales puts (H * d,) here for SEAL-C
 
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). mask (B, 1, T, S): who may look at whom; None means causal."""
@@ -428,7 +434,8 @@ class Attention(nn.Module):
         # softmax(q_h k_h^T / sqrt(d)) v_h, with every key-value head serving H / G query heads.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, d)
 
-        # SEAL: y = concat_h( s_h * head_h ) W_o, the paper's section 4. In float32, because bf16 has only 8 bits.
+        # SEAL: y = concat_h( s_h * head_h ) W_o^T, the paper's section 4. Scales are float32, bf16 has only 8 bits: the
+        # product is made in float32 and rounded once.
         y = y.transpose(1, 2) * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).reshape(B, T, -1))      # (B, T, H * d) -> (B, T, D)
 
@@ -497,7 +504,7 @@ class Llama(nn.Module):
         T, config = tokens.shape[1], self.config
         S = T if cache is None else cache.width + T
         if config.sliding_window and S > config.sliding_window:
-            raise UserError(f"{S} tokens exceed the sliding window of {config.sliding_window}, which is not implemented")
+            raise UserError(f"{S} tokens exceed the sliding window of {config.sliding_window}; it is not implemented")
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:
@@ -585,7 +592,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
     tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (B, T), padded on the right
     cache = Cache(model, len(prompts), width + max_new_tokens)
     last = model(tokens, cache)[cache.rows[:, 0], lengths - 1]  # (B, D): the last real token of each row
-    cache.lengths = lengths
+    cache.lengths = lengths  # without the padding
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
     for step in range(max_new_tokens):
         if step:
@@ -612,9 +619,10 @@ class Recompute(torch.autograd.Function):
     """A block of a frozen model that keeps little for the way back, and computes the rest a second time there.
 
     Kept are the block's input and, if memory allows (`keep`), the attention's output. Going back, the block is
-    computed again with a graph, and just two gradients are asked for: the input's and the scale's. The inside of the
-    feed-forward, several times wider than the stream, is never whole in memory: each chunk of the sequence goes
-    forward and back before the next, and as no weight needs a gradient, down_proj need not be repeated.
+    computed again with a graph, and as weights are frozen, just two gradients are asked for: the input's and the
+    scale's. The inside of the feed-forward, several times wider than the stream, is never whole in memory: each chunk
+    of the sequence goes forward and back before the next. Nothing reads what down_proj would add to the stream a
+    second time, and the gradient of its input is grad @ W, so it is not repeated.
     """
 
     @staticmethod
@@ -624,7 +632,7 @@ class Recompute(torch.autograd.Function):
             first, ctx.again = create_selective_checkpoint_contexts(attention_policy)
         ctx.block, ctx.rope = block, rope
         ctx.save_for_backward(x)
-        with torch.enable_grad(), first:  # with gradients on, so that attention takes the same path both times
+        with torch.enable_grad(), first:  # the attention kernel, and what it returns, depend on this being on
             middle = block.attend(x.detach().requires_grad_(), rope).detach()
         return block.feed(middle)
 
@@ -769,7 +777,8 @@ class MetaCheckpoint(Checkpoint):
         for name in self._names(self.slices[0]) - {"rope.freqs"}:
             layer, part = re.fullmatch(r"(?s)(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
             ours, dim = self.NAMES.get(part, (part, None))
-            self.sources[f"{layer}{ours}.weight"] = (name, dim)
+            prefix = "" if ours == "lm_head" else "model."
+            self.sources[f"{prefix}{layer}{ours}.weight"] = (name, dim)
         self.files = dict.fromkeys(self.sources, self.slices[0])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -806,8 +815,8 @@ def read_meta_config(folder: Path) -> dict:
         "num_key_value_heads": params.get("n_kv_heads"),
         "rms_norm_eps": params.get("norm_eps"),
         "rope_theta": params.get("rope_theta", 10000.0),
-        "vocab_size": rows("embed_tokens.weight"),
-        "intermediate_size": rows("layers.0.mlp.gate_proj.weight"),
+        "vocab_size": rows("model.embed_tokens.weight"),
+        "intermediate_size": rows("model.layers.0.mlp.gate_proj.weight"),
         "max_position_embeddings": 4096 if params.get("norm_eps") == 1e-5 else 2048,  # how Llama 2 and 1 differ
     }
 
@@ -1049,7 +1058,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
 # 7. Data
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's data is random in content and exact in form (section 4.1): the model must not learn facts, only to look
-# things up in this format. 50 samples are enough because there are only a thousand numbers to learn.
+# things up in this format. 50 samples are enough because nothing new is to be learned, only a balance.
 
 
 @dataclass
@@ -1066,7 +1075,7 @@ class Sample:
         """How right a generated text is, 0 to 1; above 0.5 counts as correct.
 
         A number: LongEval's rule, the last run of digits equals it. A string: contained, ignoring case. Neither:
-        ROUGE-1 recall, the share of the answer's words that occur in the text.
+        ROUGE-1 recall, the share of the answer's words that occur in the text (to repeat the question gets near 0.5).
         """
         if isinstance(self.expected, int):
             numbers = re.findall(r"\d+", text)
@@ -1135,8 +1144,8 @@ def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int, depth: f
     Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform over the record, or at
     `depth` percent of it.
     """
-    limit = length // 4 + 1  # no line is shorter than four tokens
-    keys = rng.sample(KEYS if limit <= len(KEYS) else LONG_KEYS, min(limit, len(LONG_KEYS)))
+    limit = min(length // 4 + 1, len(LONG_KEYS))  # no line is shorter than four tokens
+    keys = rng.sample(KEYS if limit <= len(KEYS) else LONG_KEYS, limit)
     numbers = [rng.randint(1, 50000) for _ in keys]
     asked = rng.random()  # of the record, as a share: whatever its length will be, each line is as likely as any other
     if depth is not None:
@@ -1181,7 +1190,7 @@ VERBS = """
 
 def prose(rng: random.Random) -> str:
     """One plain sentence about nothing: a haystack that needs no download."""
-    adjective, noun, verb = (lambda words=words: rng.choice(words) for words in (ADJECTIVES, NOUNS, VERBS))
+    adjective, noun, verb = (partial(rng.choice, words) for words in (ADJECTIVES, NOUNS, VERBS))
     return rng.choice([
         lambda: f"The {adjective()} {noun()} stood near the {adjective()} {noun()}.",
         lambda: f"We {verb()} the {adjective()} {noun()} and {verb()} the {noun()}.",
@@ -1267,7 +1276,7 @@ def make_samples(
 ) -> list[Sample]:
     """`count` samples of a task ("lines", "needle" or a JSONL file), each prompt at most `length` tokens, all included.
 
-    split is "train" or "eval" and part of the seed, and prompts whose prompt_id is in `avoid` are left out, so that
+    split ("train", "eval", ...) is part of the seed, and prompts whose prompt_id is in `avoid` are left out, so that
     training and evaluation never share one. For evaluation, depths (percent) are taken in turn: of the needle, by
     default 0, 25, 50, 75 and 100, or of the asked line, by default anywhere. Training puts both anywhere.
     """
@@ -1298,7 +1307,7 @@ def make_samples(
         elif split == "train":
             sample = needle_sample(rng, tokenizer, length, rng.choice(TRAINING_NEEDLES), rng.uniform(0, 100), sentences)
         else:
-            sample = needle_sample(rng, tokenizer, length, TEST_NEEDLE, depth or 0.0, sentences)
+            sample = needle_sample(rng, tokenizer, length, TEST_NEEDLE, depth, sentences)
         sample.length = length
         samples.append(sample)
     return [s for s in samples if prompt_id(s.prompt) not in avoid]
@@ -1320,7 +1329,7 @@ def paper_lr(task: str, mode: str, config: Config) -> float:
 
 
 def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> tuple[Tensor, bool]:
-    """Mean cross-entropy of the answer's tokens (nats), and whether each is the model's first choice.
+    """Mean cross-entropy of the answer's tokens (nats), and whether each, the end too, is the model's first choice.
 
     Only the answer counts: the record is random, so there is nothing to learn in predicting it, and its thousands of
     tokens would drown the thirty that matter. The token at position t is predicted from position t - 1.
@@ -1334,7 +1343,10 @@ def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> tuple[Ten
 
 @torch.no_grad()
 def held_out(model: Llama, pairs) -> tuple[float, float]:
-    """Mean loss and share of answers right to the last token, for (prompt, answer) pairs of ids. One pass each."""
+    """Mean loss and share of answers right to the last token, for (prompt, answer) pairs of ids.
+
+    One pass each, where evaluation generates and judges: a stricter notion of right, and a much cheaper one.
+    """
     results = [answer_loss(model, *pair) for pair in pairs]
     return tuple(sum(float(r[i]) for r in results) / len(results) for i in (0, 1))
 
@@ -1351,8 +1363,8 @@ def peak_memory(device: torch.device) -> str:
 def plan_memory(model: Llama, tokens: int, offload: bool) -> str:
     """Decide what a training step over so many tokens keeps between its two passes; returns it in words.
 
-    A block's input and its attention's output are (T, D) and (T, H * d). On a GPU outputs are kept if both fit into
-    half of what is free, and inputs go to host memory if they alone do not: 16 and 8 GB for a 7B at 31K in bf16.
+    A block's input is (T, D), its attention's output (T, H * d): 8 GB each for a 7B at 31K tokens in bf16. On a GPU
+    outputs are kept if both fit into half of what is free, and inputs go to host memory if they alone do not.
     """
     c, weight = model.config, model.embed_tokens.weight
     inputs = tokens * c.hidden_size * c.num_hidden_layers * weight.element_size()
@@ -1462,7 +1474,7 @@ def answers(model: Llama, tokenizer: Tokenizer, samples: list[Sample], max_new_t
 
 
 def cells_of(samples: list[Sample], scores: list[float]) -> list[dict]:
-    """Scores gathered by length and depth: design of eval --json."""
+    """Scores gathered by length and depth, as eval --json has them."""
     groups = {}
     for sample, score in zip(samples, scores):
         groups.setdefault((sample.length, sample.depth), []).append(score)
@@ -1569,7 +1581,7 @@ def plot_scores(path, results: dict[str, list[dict]]) -> None:
             score = {(c["depth"], c["length"]): c["score"] for c in cells}
             rows = [[score.get((d, n), math.nan) for n in lengths] for d in depths]
             heat(ax, rows, f"{method}, {cells[0]['prompts']} prompts a cell",
-                 "prompt length (tokens)", "depth of the needle (%)", low=0, high=1, bar="score")
+                 "prompt length (tokens)", "depth of what is asked for (%)", low=0, high=1, bar="score")
             ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
             ax.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
 
@@ -1577,9 +1589,9 @@ def plot_scores(path, results: dict[str, list[dict]]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Heads
 # ---------------------------------------------------------------------------------------------------------------------
-# Which heads help and which hurt (section 3). The effect of a head is the change that pruning it makes: prune a
-# helpful head and the loss rises. Its gain is the same seen the other way, as tables and pictures show it: what
-# pruning wins, so that a harmful head has a positive one. A site is (layer, index into that layer's scales).
+# Which heads help and which hurt (the paper's section 3). The effect of a head is the change that pruning it makes:
+# prune a helpful head and the loss rises. Its gain is the same seen the other way, as tables and pictures show it:
+# what pruning wins, so that a harmful head has a positive one. A site is (layer, index into that layer's scales).
 
 
 def gradient_effects(model: Llama, pairs, sites) -> list[dict]:
@@ -1624,14 +1636,13 @@ def spearman(x: list[float], y: list[float]) -> float:
 def direct_effects(model: Llama, tokens: list[int], targets: list[int]) -> Tensor:
     """Section 5: what each head and feed-forward adds directly to the logits of `targets` at the last position.
 
-    W_head @ (output of the component), without the final norm. Returns (L, H + 1, targets); the last column of the
+    lm_head @ (output of the component), without the final norm. Returns (L, H + 1, targets); the last column of the
     middle axis is the feed-forward.
     """
-    heads, mlps, hooks = [], [], []  # per layer (H * d,) and (D,), at the last position
+    seen, hooks = {}, []  # by module, at the last position: what o_proj reads (H * d,), what the feed-forward adds (D,)
     for layer in model.layers:
-        before, after = layer.self_attn.o_proj.register_forward_pre_hook, layer.mlp.register_forward_hook
-        hooks.append(before(lambda module, args: heads.append(args[0][0, -1])))
-        hooks.append(after(lambda module, args, output: mlps.append(output[0, -1])))
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args: seen.update({m: args[0][0, -1]})))
+        hooks.append(layer.mlp.register_forward_hook(lambda m, args, out: seen.update({m: out[0, -1]})))
     try:
         model(torch.tensor([tokens], device=model.embed_tokens.weight.device))
     finally:
@@ -1639,10 +1650,11 @@ def direct_effects(model: Llama, tokens: list[int], targets: list[int]) -> Tenso
             hook.remove()
     out, H = model.lm_head.weight[targets].float(), model.config.num_attention_heads  # (targets, D)
     rows = []
-    for layer, concat, mlp in zip(model.layers, heads, mlps):
-        columns = layer.self_attn.o_proj.weight.float() * concat.float()       # (D, H * d): each channel's share
-        per_head = columns.view(len(columns), H, -1).sum(-1)                    # (D, H)
-        rows.append(torch.cat((per_head, mlp.float()[:, None]), dim=1).T @ out.T)  # (H + 1, targets)
+    for layer in model.layers:
+        o_proj, feed_forward = layer.self_attn.o_proj, seen[layer.mlp].float()
+        shares = o_proj.weight.float() * seen[o_proj].float()                   # (D, H * d): what each channel adds
+        heads = shares.view(len(shares), H, -1).sum(-1)                         # (D, H)
+        rows.append(torch.cat((heads, feed_forward[:, None]), dim=1).T @ out.T)  # (H + 1, targets)
     return torch.stack(rows).cpu()
 
 
@@ -1694,7 +1706,8 @@ def plot_heads(path, sites, x, y, lengths, unit: str, heads: int, learned: list[
             axes[0].text(px, py, text, transform=axes[0].transAxes, ha="center", va="center", color="#666666")
         for i in sorted(range(len(sites)), key=lambda i: y[i])[:2] + sorted(range(len(sites)), key=lambda i: -y[i])[:2]:
             axes[0].annotate(site_name(sites[i]), (x[i], y[i]), fontsize=8, xytext=(3, 3), textcoords="offset points")
-        axes[0].set(title="pruning one at a time (Q1: helps)", xlabel=f"{unit} at {short}", ylabel=f"{unit} at {long}")
+        axes[0].set(title="pruning one at a time (Q1: pruning helps)", xlabel=f"{unit} at {short}",
+                    ylabel=f"{unit} at {long}")
         if layers > 1:
             limit = max(map(abs, y)) or 1.0
             heat(axes[1], torch.tensor(y).view(layers, -1).tolist(), f"red: pruning helps, blue: it hurts ({long})",
@@ -1741,6 +1754,9 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 # Then it drifts: a brief training on other things (plain prose, words in reverse, records of a few lines), in which
 # only the o_proj matrices move. This is a stand-in for what the paper finds in large models, whose heads have a lot
 # else to do. Short records are still answered afterwards and long ones are not: that is what SEAL is asked to mend.
+#
+# So the harm is done to the very matrix that SEAL scales. That makes it an example of the mechanism, in which all can
+# be seen and nothing needs a download, and not evidence that large models suffer from the same: that is the paper's.
 
 TOY_STORY = (
     "toy      a small Llama that could answer about any line in its context, and then was tuned briefly on prose,\n"
@@ -1785,7 +1801,8 @@ class ToyData:
         self.encode, self.bos, self.end = tokenizer.encode, tokenizer.bos, tokenizer.eos
         self.words = [tokenizer.encode(word)[-1] for word in ADJECTIVES + NOUNS]
         self.question = "\nNow" + RECORD.split("\nNow")[1]
-        # Between a key and its number: nothing; a record's words; and when asked, an answer's words, then its space.
+        # Between a key and its number. Level 0: "key7", asked "key". Level 1: "key: REGISTER_CONTENT is <7", asked
+        # "key is". Level 2: the same, asked "key is ", with the space that is a token of its own before a digit.
         record, answer = tokenizer.encode("x: REGISTER_CONTENT is <")[1:], tokenizer.encode("is 1")[:-1]
         self.between = [([], []), (record, answer[:1]), (record, answer)]
 
@@ -1876,7 +1893,7 @@ def toy_model(seed: int) -> Llama:
 
 
 def pretrain(model: Llama, data: ToyData, stages, seed: int) -> None:
-    """Train the weights, stage by stage: matrices with Muon, which learns to copy sooner than AdamW, the rest by AdamW."""
+    """Train the weights, stage by stage: AdamW, and for matrices before the drift Muon, which learns to copy sooner."""
     for name, steps, size, first, last in stages:
         model.requires_grad_(name != "drift")
         for layer in model.layers:
@@ -2047,7 +2064,7 @@ def finished(args, header: dict) -> dict:
 
 
 def command_train(args) -> None:
-    check_outputs(args, "out", "json")
+    check_outputs(args, "out", "json", "plot")
     out, state_file = Path(args.out), Path(f"{args.out}.state")
     model, tokenizer, about = open_checkpoint(args)
     config = model.config
@@ -2084,6 +2101,10 @@ def command_train(args) -> None:
         note("warning  every prompt was trained on, none is left to show what it is worth; try fewer --samples")
     if args.json:
         write_json(args.json, report)
+    if args.plot:
+        with picture(args.plot) as (ax,):
+            ax.plot(range(1, len(losses) + 1), losses, color=COLOURS[METHOD[args.mode]])
+            ax.set(title=f"{METHOD[args.mode]}, lr {lr:g}", xlabel="step", ylabel="loss on the answer (nats)")
     state_file.unlink(missing_ok=True)
 
 
@@ -2100,7 +2121,10 @@ def command_eval(args) -> None:
     saved, start, results = finished(args, report), time.monotonic(), {}
     report |= saved
     for method in (["base"] if args.compare else []) + [METHOD[about["mode"]] if args.scales else "base"]:
-        model.reset_scales("head") if method == "base" else model.set_scales(scales)
+        if method == "base":
+            model.reset_scales("head")
+        else:
+            model.set_scales(scales)
         key = "base" if args.compare and method == "base" else "cells"
 
         def keep(done):
@@ -2306,7 +2330,7 @@ def command_demo(args) -> None:
         out.mkdir(exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
-    start, report = time.monotonic(), {}
+    start, report, args.extend = time.monotonic(), {}, "none"
     model, tokenizer, _ = open_checkpoint(args)
     note(TOY_STORY)
     end = default_length(model.config)
@@ -2457,15 +2481,15 @@ def several(kind):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Flags mean the same in every command, so each is written once, in the group that its kind belongs to."""
+    """Flags mean the same in every command; those that belong together stand in a group."""
     group = lambda: Parser(add_help=False, allow_abbrev=False)
-    device, task, result = group(), group(), group()
+    ckpt, rope, text, device, task, result = (group() for _ in range(6))
+    ckpt.add_argument("--ckpt", metavar="DIR", default=TOY, help="checkpoint folder (default: the bundled toy)")
+    rope.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: the scales' own)")
+    text.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
     device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     device.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's own, float32 on a CPU")
-    model = Parser(add_help=False, allow_abbrev=False, parents=[device])
-    model.add_argument("--ckpt", metavar="DIR", default=TOY, help="checkpoint folder (default: the bundled toy)")
-    model.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: the scales' own)")
-    model.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
+    model = (ckpt, rope, text, device)
     task.add_argument("--task", default="lines", metavar="TASK", help="lines, needle or FILE.jsonl")
     task.add_argument("--haystack", metavar="FILE.txt", help="text to hide needles in (default: generated)")
     task.add_argument("--depths", type=several(percent), metavar="A,B,C", help="in percent, of needle or asked line")
@@ -2482,12 +2506,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.set_defaults(run=run)
         return sub
 
-    p = command("demo", command_demo, "the bundled toy, before and after; no checkpoint needed", model)
+    p = command("demo", command_demo, "the bundled toy, before and after; no checkpoint needed", ckpt, text, device)
     p.add_argument("--prompts", type=whole_number, default=50, help="per length")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="seal-demo", metavar="DIR")
 
-    p = command("train", command_train, "learn the scales", model, task, result)
+    p = command("train", command_train, "learn the scales", *model, task, result)
     p.add_argument("--mode", default="head", choices=METHOD, help="one scale per head (SEAL-H) or per channel (SEAL-C)")
     p.add_argument("--length", type=whole_number, metavar="TOKENS", help="(default: the context less the answer)")
     p.add_argument("--samples", type=whole_number, default=50)
@@ -2496,14 +2520,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory, for a small GPU")
     p.add_argument("--out", default="scales.safetensors", metavar="PATH")
 
-    p = command("eval", command_eval, "accuracy by length", model, task, result)
+    p = command("eval", command_eval, "accuracy by length", *model, task, result)
     p.add_argument("--scales", metavar="PATH")
     p.add_argument("--compare", action="store_true", help="the base beside the scaled model")
     p.add_argument("--lengths", type=several(whole_number), metavar="A,B,C", help="(default: six, up to the context)")
     p.add_argument("--prompts", type=whole_number, default=50, help="per length")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
 
-    p = command("heads", command_heads, "which heads help, which hurt", model, task, result)
+    p = command("heads", command_heads, "which heads help, which hurt", *model, task, result)
     p.add_argument("--scales", metavar="PATH", help="show learned scales beside the effects")
     p.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"],
                    help="gradient: to first order, all heads at once; prune: exact, one run per head")
@@ -2515,7 +2539,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--direct", action="store_true", help="direct effect on the logits of a prompt that --scales mend")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
 
-    p = command("bench", command_bench, "time a model's shape on this machine", device, task, result)
+    p = command("bench", command_bench, "time a model's shape on this machine", device)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", metavar="PATH", help="write the result for scripts")
     p.add_argument("--shape", default="1b", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
     p.add_argument("--length", type=whole_number, metavar="TOKENS", help="(default: the context less the answer)")
     p.add_argument("--mode", default="head", choices=METHOD)
@@ -2526,12 +2552,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", required=True, metavar="DIR")
 
-    p = command("generate", command_generate, "answer one prompt", model)
+    p = command("generate", command_generate, "answer one prompt", *model)
     p.add_argument("--scales", metavar="PATH")
     p.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
     p.add_argument("--max-new-tokens", type=whole_number, default=100)
 
-    p = command("fold", command_fold, "write a plain checkpoint with the scales in it", model)
+    p = command("fold", command_fold, "write a plain checkpoint with the scales in it", ckpt, rope)
     p.add_argument("--scales", required=True, metavar="PATH")
     p.add_argument("--out", required=True, metavar="DIR")
     return parser.parse_args(arguments)
@@ -2562,7 +2588,7 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
         elif isinstance(e, OSError):  # the world's fault: a disk that fills, a file that goes away
             message = first_line(e)
         elif isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):  # on a CPU
-            message = f"out of memory ({first_line(e)}); try --offload, a shorter --length, or a smaller --dtype"
+            message = f"out of memory ({first_line(e)}); try shorter prompts, --dtype bfloat16, or train --offload"
         else:
             raise
     note(f"{program}: error: {message}")
