@@ -1859,7 +1859,7 @@ class ToyData:
             if rng.random() < 0.08:
                 count = rng.randint(4, 32)
                 return lambda: self.pairs(rng, count, 0)
-            lines = rng.randint(1, min(TOY_LINES, 16 + round(80 * done)) if rng.random() < 0.6 else 16)
+            lines = rng.randint(1, min(TOY_LINES, 16 + round(57 * done)) if rng.random() < 0.6 else 16)
             return lambda: self.record(rng, lines)
         kind = rng.choices(("record", "prose", "reverse"), (0.4, 0.3, 0.3))[0]  # the drift
         if kind == "record":
@@ -1872,8 +1872,8 @@ TOY_STAGES = (  # name, steps, tokens a step, learning rate at the start and at 
     ("copy", 500, 2048, 4e-3, 4e-3),
     ("pairs", 240, 3000, 3e-3, 3e-3),
     ("few_lines", 200, 4096, 3e-3, 3e-3),
-    ("lines", 420, 6000, 3e-3, 1e-4),
-    ("drift", 40, 2048, 2e-3, 2e-3),
+    ("lines", 300, 6000, 3e-3, 9.3e-4),
+    ("drift", 36, 2048, 2e-3, 2e-3),
 )
 
 
@@ -2028,7 +2028,7 @@ def samples_for(args, tokenizer: Tokenizer, config: Config, length: int, count: 
 def evaluation_cells(args, config: Config, tokenizer: Tokenizer, avoid=()) -> list[list[Sample]]:
     """The samples to evaluate on: a list per length, and for needles per length and depth."""
     end = default_length(config)
-    lengths = dict.fromkeys(args.lengths or [round(end * share) for share in (0.3, 0.45, 0.6, 0.75, 0.9, 1.0)])
+    lengths = dict.fromkeys(args.lengths or [round(end * share) for share in (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)])
     if args.task not in ("lines", "needle"):
         lengths = (args.lengths or [end])[-1:]  # a file's prompts are as long as they are
     cells = {}
@@ -2334,7 +2334,7 @@ def command_demo(args) -> None:
     model, tokenizer, _ = open_checkpoint(args)
     note(TOY_STORY)
     end = default_length(model.config)
-    lengths = [round(end * share) for share in (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)]
+    lengths = [round(end * share) for share in (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)]
     report["within"] = demo(model, tokenizer, lengths, args.prompts, ["head", "channel"], args.seed)
     print(f"Share of {args.prompts} prompts answered right, within the context of {end + ANSWER_ROOM}")
     print(score_table(report["within"]), "\n")
@@ -2342,7 +2342,8 @@ def command_demo(args) -> None:
 
     lengths, prompts = [end, 2 * end, 4 * end], max(1, args.prompts // 2)
     cells = [make_samples("lines", tokenizer, model.config, n, prompts, "eval", args.seed) for n in lengths]
-    beyond = {"base": evaluate(model, tokenizer, cells, desc="beyond")}
+    model.reset_scales("head")
+    beyond = {"base": evaluate(model, tokenizer, cells, desc="base")}
     args.extend = "ntk:4"
     model, tokenizer, _ = open_checkpoint(args)
     extended = demo(model, tokenizer, lengths, prompts, ["channel"], args.seed)
