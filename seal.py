@@ -1554,6 +1554,7 @@ def heat(ax, values, title: str, xlabel: str, ylabel: str, colours="viridis", lo
     """values[row][column] as coloured cells with a colour bar."""
     image = ax.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.locator_params(integer=True)
     ax.figure.colorbar(image, ax=ax, label=bar)
 
 
@@ -1894,6 +1895,7 @@ def toy_model(seed: int) -> Llama:
 
 def pretrain(model: Llama, data: ToyData, stages, seed: int) -> None:
     """Train the weights, stage by stage: AdamW, and for matrices before the drift Muon, which learns to copy sooner."""
+    model.frozen = False
     for name, steps, size, first, last in stages:
         model.requires_grad_(name != "drift")
         for layer in model.layers:

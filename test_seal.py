@@ -5,7 +5,7 @@ real ones have; its logits, and llama.cpp's, are the references. The weights are
 attention then is sharp, and a wrong position or a wrong scale shows in the logits.
 
 The parts follow seal.py's: Shared, Model, Checkpoints and scales, Text, Data, Training, Evaluation, Heads, Export,
-Trust. Helpers that one part uses stand at its head.
+The toy, Trust. Helpers that one part uses stand at its head.
 """
 
 import json
@@ -1555,6 +1555,58 @@ def test_export_from_the_shell(vocabulary, tmp_path):
         time.sleep(0.05)
     running.terminate()
     assert running.wait() == 143 and not list(tmp_path.glob("*slow*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_toy_falls_with_length_and_channel_scales_lift_it():
+    """The claim of the demo, small: wide margins, because forty prompts are few."""
+    config = seal.read_config(seal.TOY)
+    toy, tokenizer = seal.load_model(seal.TOY, config, CPU), seal.Tokenizer(seal.TOY, config)
+    results = seal.demo(toy, tokenizer, [70, seal.default_length(config)], 40, ["channel"], seed=3)
+    (base_short, base_long), (_, scaled_long) = ([c["score"] for c in results[m]] for m in ("base", "SEAL-C"))
+    assert base_short > 0.75 and base_long < base_short - 0.15
+    assert scaled_long > base_long + 0.08
+
+
+def test_without_a_flag_from_training_to_llama_cpp(capsys, tmp_path, monkeypatch):
+    """train, eval --compare and export on the bundled toy; llama.cpp then answers records as seal.py does."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["train"], ["eval", "--scales", "scales.safetensors", "--compare", "--prompts", 2]):
+        status, out, err = command(capsys, *arguments)
+        assert status == 0, err
+    assert re.search(r"^base +\d.*\nSEAL-H +\d", out, re.M)
+    export_gguf.run(export_gguf.parse([]))
+    config = seal.read_config(seal.TOY)
+    toy, tokenizer = seal.load_model(seal.TOY, config, CPU), seal.Tokenizer(seal.TOY, config)
+    toy.set_scales(seal.read_scales("scales.safetensors", config)[0])
+    llama = export_gguf.LlamaCpp(tmp_path / "toy-llama-seal-bf16.gguf", threads=1)
+    for sample in seal.make_samples("lines", tokenizer, config, 400, 3, "eval"):
+        prompt = llama.tokenize(sample.prompt, add_special=True)
+        assert prompt == tokenizer.prompt(sample.prompt)
+        answer = seal.generate(toy, [prompt], 60, tokenizer.stop)[0] + [tokenizer.eos]
+        found = llama.logits(prompt + answer)[len(prompt) - 1 : -1]  # after every token, llama.cpp's next is ours
+        assert found.argmax(-1).tolist() == answer
+
+
+def test_pretrain_writes_a_checkpoint_that_loads(capsys, tmp_path, monkeypatch):
+    """Two steps of each stage; the weights that a stage should not touch it does not touch."""
+    monkeypatch.setattr(seal, "TOY_STAGES", tuple((name, 2, 300, a, b) for name, _, _, a, b in seal.TOY_STAGES[:-1]))
+    status, _, err = command(capsys, "pretrain", "--out", tmp_path / "toy")
+    assert status == 0, err
+    model = load(tmp_path / "toy")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tokenizer = seal.Tokenizer(tmp_path / "toy", model.config)
+    seal.pretrain(model, seal.ToyData(tokenizer), [("drift", 2, 300, 1e-3, 1e-3)], seed=0)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"o_proj"}
+
+
+def test_the_bundled_tokenizer_is_what_the_recipe_makes(tmp_path):
+    seal.toy_vocabulary(tmp_path / "tokenizer.model")
+    assert (tmp_path / "tokenizer.model").read_bytes() == (seal.TOY / "tokenizer.model").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
