@@ -1536,13 +1536,15 @@ COLOURS = {"base": "#4d4d4d", "SEAL-H": "#0072b2", "SEAL-C": "#d55e00"}
 
 @contextmanager
 def picture(path, panels: int = 1, width: float = 5.0, height: float = 3.6):
-    """Axes to draw on, side by side; saved as a PNG when the block ends."""
+    """Axes to draw on, side by side, four as two rows; saved as a PNG when the block ends."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)
+    rows, columns = (2, 2) if panels == 4 else (1, panels)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     try:
-        yield axes[0]
+        yield list(axes.flat)
         with whole_file(path) as partial:
             figure.savefig(partial, format="png", dpi=110)
         note(f"picture  {path}")
@@ -1721,7 +1723,7 @@ def plot_heads(path, sites, x, y, lengths, unit: str, heads: int, learned: list[
             limit = (by_head - 1).abs().max().item() or 0.1
             title = "learned scales" if learned[0].numel() == heads else "learned scales, mean of a head's channels"
             heat(axes[2], by_head.tolist(), title, "head", "layer", "RdBu_r", 1 - limit, 1 + limit, "scale")
-            axes[3].hist(torch.cat(learned).cpu().numpy(), bins=40, color="#0072b2")
+            axes[3].hist(torch.cat(learned).cpu().numpy(), bins=25, color="#0072b2")
             axes[3].axvline(1, color="#999999", linewidth=0.8)
             axes[3].set(title=f"{sum(s.numel() for s in learned):,} scales", xlabel="scale", ylabel="count")
 
@@ -2334,7 +2336,8 @@ def command_demo(args) -> None:
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
     start, report, args.extend = time.monotonic(), {}, "none"
     model, tokenizer, _ = open_checkpoint(args)
-    note(TOY_STORY)
+    if args.ckpt == TOY:
+        note(TOY_STORY)
     end = default_length(model.config)
     lengths = [round(end * share) for share in (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)]
     report["within"] = demo(model, tokenizer, lengths, args.prompts, ["head", "channel"], args.seed)
