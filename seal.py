@@ -1847,8 +1847,7 @@ class ToyData:
     def batch(self, stage: str, rng: random.Random, done: float):
         """A function that makes the sequences of one batch; `done` is how much of the stage is over, 0 to 1."""
         if stage == "copy":
-            length = rng.randint(4, 16)
-            return lambda: self.copying(rng, length)
+            return lambda: self.copying(rng, rng.randint(4, 16))  # all lengths in a batch, which is learned sooner
         if stage == "pairs":
             count, level = rng.randint(2, 12), 0 if done < 0.5 else rng.randint(0, 1)
             return lambda: self.pairs(rng, count, level)
