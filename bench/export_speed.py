@@ -33,8 +33,14 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     """A random Llama with random scales beside it."""
     folder.mkdir()
     config = dict(
-        architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=2048, intermediate_size=8192,
-        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
     )
     (folder / "config.json").write_text(json.dumps(config))
     config = seal.read_config(folder)
@@ -51,9 +57,15 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     tokenizer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a line of text to count pairs of letters in"] * 100), model_writer=tokenizer,
-        model_type="bpe", vocab_size=320, hard_vocab_limit=False, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        sentence_iterator=iter(["a line of text to count pairs of letters in"] * 100),
+        model_writer=tokenizer,
+        model_type="bpe",
+        vocab_size=320,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(tokenizer.getvalue())
     scales = [torch.rand(config.channels()) + 0.5 for _ in range(layers)]

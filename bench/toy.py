@@ -63,8 +63,13 @@ def table(folder: Path) -> dict:
 def merged(runs: list[list[dict]]) -> list[dict]:
     """The cells of several seeds as one."""
     return [
-        {"length": c[0]["length"], "depth": c[0]["depth"], "prompts": sum(x["prompts"] for x in c),
-         "correct": sum(x["correct"] for x in c), "score": sum(x["score"] for x in c) / len(c)}
+        {
+            "length": c[0]["length"],
+            "depth": c[0]["depth"],
+            "prompts": sum(x["prompts"] for x in c),
+            "correct": sum(x["correct"] for x in c),
+            "score": sum(x["score"] for x in c) / len(c),
+        }
         for c in zip(*runs)
     ]
 
@@ -101,15 +106,40 @@ def sweep(folder: Path) -> dict:
 
 def depth_map(folder: Path) -> dict:
     out = folder / "eval.json"
-    command("eval", "--scales", scales_file(folder, "channel", 0), "--compare", "--prompts", 330, "--json", out,
-            "--depths", "0,10,20,30,40,50,60,70,80,90,100", "--plot", ASSETS / "map.png")
+    command(
+        "eval",
+        "--scales",
+        scales_file(folder, "channel", 0),
+        "--compare",
+        "--prompts",
+        330,
+        "--json",
+        out,
+        "--depths",
+        "0,10,20,30,40,50,60,70,80,90,100",
+        "--plot",
+        ASSETS / "map.png",
+    )
     return json.loads(out.read_text())
 
 
 def heads(folder: Path) -> dict:
     out = folder / "heads.json"
-    command("heads", "--how", "both", "--scales", scales_file(folder, "head", 0), "--prompts", 50, "--quadrants", "0.9,1.1",
-            "--json", out, "--plot", ASSETS / "heads.png")
+    command(
+        "heads",
+        "--how",
+        "both",
+        "--scales",
+        scales_file(folder, "head", 0),
+        "--prompts",
+        50,
+        "--quadrants",
+        "0.9,1.1",
+        "--json",
+        out,
+        "--plot",
+        ASSETS / "heads.png",
+    )
     return json.loads(out.read_text())
 
 
@@ -118,10 +148,15 @@ def direct(folder: Path) -> None:
 
 
 def kept(folder: Path) -> dict:
-    """Bare pairs (key and number, no record around them), which the toy knows from pretraining: right to the last token."""
+    """Bare pairs of key and number, which the toy knows from pretraining: right to the last token."""
     config = seal.read_config(seal.TOY)
     tokenizer = seal.Tokenizer(seal.TOY, config)
-    model, data, rng, result = seal.load_model(seal.TOY, config, torch.device("cpu")), seal.ToyData(tokenizer), random.Random("kept"), {}
+    model, data, rng, result = (
+        seal.load_model(seal.TOY, config, torch.device("cpu")),
+        seal.ToyData(tokenizer),
+        random.Random("kept"),
+        {},
+    )
     pairs = []
     for _ in range(2 * PROMPTS):
         sequence = data.pairs(rng, 16, 0)[:18]  # sixteen pairs, then one key and its number
@@ -136,7 +171,15 @@ def kept(folder: Path) -> dict:
 
 
 def main() -> None:
-    parts = {"table": table, "beyond": beyond, "sweep": sweep, "map": depth_map, "heads": heads, "direct": direct, "kept": kept}
+    parts = {
+        "table": table,
+        "beyond": beyond,
+        "sweep": sweep,
+        "map": depth_map,
+        "heads": heads,
+        "direct": direct,
+        "kept": kept,
+    }
     torch.set_num_threads(1)  # as fast as two for a model this small
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[1:] or parts:

@@ -28,8 +28,16 @@ import seal
 
 ANSWER = 30  # tokens that the loss looks at
 SHAPES = seal.SHAPES | {
-    "small": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, head_dim=64,
-                  vocab_size=32000, max_position_embeddings=4096)
+    "small": dict(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
 }
 
 
@@ -38,16 +46,37 @@ def make_checkpoint(shape: str, folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
     config = seal.Config(**SHAPES[shape])
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": str(dtype)[6:],
-             "max_position_embeddings": 65536, "rope_theta": 1e6, "tie_word_embeddings": False, **{n: getattr(config, n) for n in names}}
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    )
+    about = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "torch_dtype": str(dtype)[6:],
+        "max_position_embeddings": 65536,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        **{n: getattr(config, n) for n in names},
+    }
     (folder / "config.json").write_text(json.dumps(about))
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in seal.Llama(config).named_parameters() if not n.endswith("scale")}
     index, generator = {}, torch.Generator().manual_seed(0)
     for layer in [None, *range(config.num_hidden_layers)]:
         file = f"model-{layer if layer is not None else 'rest'}.safetensors"
-        mine = [n for n in shapes if (n.startswith(f"layers.{layer}.") if layer is not None else not n.startswith("layers."))]
+        mine = [
+            n
+            for n in shapes
+            if (n.startswith(f"layers.{layer}.") if layer is not None else not n.startswith("layers."))
+        ]
         tensors = {}
         for name in mine:
             full = name if name == "lm_head.weight" else f"model.{name}"
@@ -81,8 +110,12 @@ def open_peft(folder, device, dtype, offload):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
-    model = peft.get_peft_model(model, peft.IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"], task_type="CAUSAL_LM"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(
+        device
+    )
+    model = peft.get_peft_model(
+        model, peft.IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"], task_type="CAUSAL_LM")
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.config.use_cache = False
@@ -105,7 +138,9 @@ def worker(args) -> None:
     """One side, in this process: prints loss, a gradient sample, seconds per step and peak memory as JSON."""
     device, dtype = seal.pick_device(args.device), seal.DTYPES[args.dtype]
     length = int(args.lengths)
-    ids = torch.randint(SHAPES[args.shape]["vocab_size"], (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        SHAPES[args.shape]["vocab_size"], (length,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     step = (open_seal if args.worker == "seal" else open_peft)(args.folder, device, dtype, args.offload)
     seconds = []
     for _ in range(args.steps + 1):  # the first warms up
@@ -126,8 +161,26 @@ def peak_rss() -> int:
 
 def run(side: str, length: int, folder: Path, args) -> tuple[dict, torch.Tensor]:
     gradients = folder / f"{side}.pt"
-    command = [sys.executable, __file__, "--worker", side, "--folder", folder, "--lengths", length, "--shape", args.shape, "--steps", args.steps,
-               "--device", args.device, "--dtype", args.dtype, "--gradients", gradients] + (["--offload"] if args.offload and side == "seal" else [])
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        side,
+        "--folder",
+        folder,
+        "--lengths",
+        length,
+        "--shape",
+        args.shape,
+        "--steps",
+        args.steps,
+        "--device",
+        args.device,
+        "--dtype",
+        args.dtype,
+        "--gradients",
+        gradients,
+    ] + (["--offload"] if args.offload and side == "seal" else [])
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         message = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -172,22 +225,56 @@ def main() -> None:
                     error = ((a - b).norm() / b.norm()).item()
                     gap = abs(results["seal"][0]["loss"] - results["peft"][0]["loss"])
                     bound = 1e-3 if args.dtype == "float32" else 0.1  # bf16 has 8 bits, and both round differently
-                    assert gap < bound and error < bound, f"not the same work: loss differs by {gap}, gradients by {error:.1%}"
-                    print(f"{length} tokens: losses differ by {gap:.1e}, scale gradients by {error:.1e} of their norm", file=sys.stderr)
-            record = {"shape": args.shape, "length": length, "dtype": args.dtype, "offload": args.offload, "pairs": args.pairs, "runs": results}
+                    assert gap < bound and error < bound, (
+                        f"not the same work: loss differs by {gap}, gradients by {error:.1%}"
+                    )
+                    print(
+                        f"{length} tokens: losses differ by {gap:.1e}, scale gradients by {error:.1e} of their norm",
+                        file=sys.stderr,
+                    )
+            record = {
+                "shape": args.shape,
+                "length": length,
+                "dtype": args.dtype,
+                "offload": args.offload,
+                "pairs": args.pairs,
+                "runs": results,
+            }
             if not any("error" in r for side in results.values() for r in side):
-                median = {side: {k: statistics.median(r[k] for r in runs) for k in ("seconds", "memory")} for side, runs in results.items()}
-                record |= {"median": median, "speedup": median["peft"]["seconds"] / median["seal"]["seconds"],
-                           "memory_ratio": median["seal"]["memory"] / median["peft"]["memory"]}
-                rows.append([f"{length:,}", *(f"{median[s]['seconds']:.2f}" for s in ("seal", "peft")), f"{record['speedup']:.2f}",
-                             *(f"{median[s]['memory'] / 2**30:.2f}" for s in ("seal", "peft")), f"{record['memory_ratio']:.2f}"])
+                median = {
+                    side: {k: statistics.median(r[k] for r in runs) for k in ("seconds", "memory")}
+                    for side, runs in results.items()
+                }
+                record |= {
+                    "median": median,
+                    "speedup": median["peft"]["seconds"] / median["seal"]["seconds"],
+                    "memory_ratio": median["seal"]["memory"] / median["peft"]["memory"],
+                }
+                rows.append(
+                    [
+                        f"{length:,}",
+                        *(f"{median[s]['seconds']:.2f}" for s in ("seal", "peft")),
+                        f"{record['speedup']:.2f}",
+                        *(f"{median[s]['memory'] / 2**30:.2f}" for s in ("seal", "peft")),
+                        f"{record['memory_ratio']:.2f}",
+                    ]
+                )
             records.append(record)
     print(seal.table(["tokens", "seal s/step", "PEFT s/step", "times as fast", "seal GB", "PEFT GB", "ratio"], rows))
     if args.json:
         old = json.loads(Path(args.json).read_text()) if Path(args.json).exists() else []
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-        seal.write_json(args.json, old + [{"bench": "vs_peft", "date": time.strftime("%Y-%m-%d"), "device": name, "versions": versions, **r} for r in records])
+        seal.write_json(
+            args.json,
+            old
+            + [
+                {"bench": "vs_peft", "date": time.strftime("%Y-%m-%d"), "device": name, "versions": versions, **r}
+                for r in records
+            ],
+        )
 
 
 if __name__ == "__main__":
