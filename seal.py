@@ -1517,7 +1517,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def score_table(results: dict[str, list[dict]]) -> str:
-    """Accuracy by length, a row per method; for needles a row per depth and method."""
+    """Mean score by length (for lines: accuracy), a row per method, and per depth where there are several."""
     lengths = sorted({c["length"] for cells in results.values() for c in cells})
     depths = sorted({c["depth"] for cells in results.values() for c in cells}, key=lambda x: -1 if x is None else x)
     rows = []
