@@ -83,8 +83,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-TOY = HERE / "assets" / "toy-llama"
+TOY = Path(__file__).resolve().parent / "assets" / "toy-llama"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1135,7 +1134,12 @@ NOUNS = """
 
 
 KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 8,010: enough for 31K tokens and more
-LONG_KEYS = KEYS + [f"{adjective}-{key}" for adjective in ADJECTIVES for key in KEYS]
+
+
+def key_name(number: int) -> str:
+    """The key of this number; beyond those of KEYS they begin with one more adjective."""
+    more, number = divmod(number, len(KEYS))
+    return f"{ADJECTIVES[more - 1]}-{KEYS[number]}" if more else KEYS[number]
 
 
 def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int, depth: float | None = None) -> Sample:
@@ -1144,8 +1148,9 @@ def lines_sample(rng: random.Random, tokenizer: Tokenizer, length: int, depth: f
     Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform over the record, or at
     `depth` percent of it.
     """
-    limit = min(length // 4 + 1, len(LONG_KEYS))  # no line is shorter than four tokens
-    keys = rng.sample(KEYS if limit <= len(KEYS) else LONG_KEYS, limit)
+    most = len(KEYS) * (1 + len(ADJECTIVES))
+    limit = min(length // 4 + 1, most)  # no line is shorter than four tokens
+    keys = [key_name(number) for number in rng.sample(range(len(KEYS) if limit <= len(KEYS) else most), limit)]
     numbers = [rng.randint(1, 50000) for _ in keys]
     asked = rng.random()  # of the record, as a share: whatever its length will be, each line is as likely as any other
     if depth is not None:
