@@ -1021,19 +1021,23 @@ import json, os, sys
 
 sys.path.insert(0, sys.argv[1])
 import seal
+import torch
 
 rank, store, results = int(os.environ["RANK"]), seal.join_ranks(), []
 train, answer_loss, destroy = seal.train, seal.answer_loss, seal.dist.destroy_process_group
 seal.dist.destroy_process_group = lambda: None  # the processes stay together from one command to the next
+if rank:
+    seal.whole_file = "only the first writes"
 for job, arguments in enumerate(json.loads(sys.argv[2])):
     seal.join_ranks, held = lambda: seal.dist.PrefixStore(str(job), store), []
 
     def watched(model, *rest):
+        losses = train(model, *rest)
         held.append(sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.layers.parameters()))
-        return train(model, *rest)
+        return losses
 
     def broken(*args):
-        if rank == 1 and held:
+        if rank == 1 and torch.is_grad_enabled():
             raise MemoryError
         return answer_loss(*args)
 
