@@ -2665,7 +2665,9 @@ def join_ranks():
     if not dist.is_torchelastic_launched():
         return None
     store, rank, ranks = next(dist.rendezvous("env://"))
-    dist.init_process_group(store=store, rank=rank, world_size=ranks)
+    # Gradients go from CPU to CPU, a sharded block's weights from GPU to GPU; unasked, torch takes one for both.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     return store
 
 
