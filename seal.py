@@ -68,7 +68,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, cycle, product
@@ -76,6 +76,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -682,15 +683,16 @@ class Recompute(torch.autograd.Function):
             first, ctx.again = create_selective_checkpoint_contexts(attention_policy)
         ctx.block, ctx.rope = block, rope
         ctx.save_for_backward(x)
-        with torch.enable_grad(), first:  # the attention kernel, and what it returns, depend on this being on
-            middle = block.attend(x.detach().requires_grad_(), rope).detach()
-        return block.feed(middle)
+        with gathered(block):
+            with torch.enable_grad(), first:  # the attention kernel, and what it returns, depend on this being on
+                middle = block.attend(x.detach().requires_grad_(), rope).detach()
+            return block.feed(middle)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """grad (B, T, D) of the block's output."""
         (x,), block = ctx.saved_tensors, ctx.block
-        with torch.enable_grad():
+        with torch.enable_grad(), gathered(block):
             with ctx.again:
                 x = x.detach().requires_grad_()
                 middle = block.attend(x, ctx.rope)  # (B, T, D)
@@ -702,6 +704,17 @@ class Recompute(torch.autograd.Function):
             inputs = block.self_attn.learned() + [x] * ctx.needs_input_grad[0]  # nothing trains below the first block
             grads = list(torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1)))
         return grads.pop() if ctx.needs_input_grad[0] else None, None, None, None, *grads
+
+
+@contextmanager
+def gathered(block: Block):
+    """In here the block's weights are whole, also where train --shard has left only a part of them on each GPU."""
+    sharded = hasattr(block, "unshard")
+    if sharded:
+        block.unshard()
+    yield
+    if sharded:
+        block.reshard()
 
 
 def attention_policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
@@ -871,10 +884,11 @@ def read_meta_config(folder: Path) -> dict:
     }
 
 
-def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
+def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype | None = None, shard=None) -> Llama:
     """The frozen model, its scales at one. dtype None: the checkpoint's own on an accelerator, float32 on a CPU.
 
-    Every tensor of the files is used and every parameter of the model filled, or it is a UserError.
+    Every tensor of the files is used and every parameter of the model filled, or it is a UserError. shard: called with
+    each block as soon as its weights are in, so that the next one finds room (see sharding).
     """
     weights = open_weights(folder)
     with torch.device("meta"):  # shapes without memory
@@ -885,6 +899,10 @@ def load_model(folder, config: Config, device: torch.device, dtype: torch.dtype 
             raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity; download it again or change --dtype")
         owner, _, leaf = short.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        if shard and short.startswith("layers."):
+            block = model.layers[int(short.split(".")[1])]
+            if not any(p.is_meta for p in block.parameters() if p is not block.self_attn.scale):
+                shard(block)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.reset_scales("head")
@@ -1423,14 +1441,59 @@ def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> tuple[Ten
     return F.cross_entropy(logits, target), bool((logits.argmax(-1) == target).all())
 
 
+# --- several processes (torch calls them ranks), each with a GPU: torchrun --nproc-per-node N seal.py train ... ---
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Which process this is, and how many there are: (0, 1) unless torchrun started it (see join_ranks)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_share(batch: list) -> list[tuple]:
+    """The items of a batch that this rank computes, each with whether it counts.
+
+    Ranks take turns and all take equally many, since a sharded model needs every rank in every pass: one that has none
+    left repeats another's, which does not count.
+    """
+    (rank, ranks), n = rank_and_count(), len(batch)
+    return [(batch[i % n], i < n) for i in range(rank, math.ceil(n / ranks) * ranks, ranks)]
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over all ranks. In one message: small ones, so it goes from CPU to CPU."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors]).cpu()
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def sharding(device: torch.device):
+    """A function that leaves of a block, on each of N ranks, an Nth of every frozen weight (torch's FSDP2).
+
+    A block's weights are gathered for a pass and dropped after it: by torch's hooks where the block is called, by
+    `gathered` in Recompute. Gathering does not run ahead: a 70B's block is 1.7 GB to gather and, at 31K tokens, 70
+    TFLOP to compute. The scales, which are tiny, and the embedding and the output matrix stay whole on every rank.
+    """
+    from torch.distributed.fsdp import fully_shard  # slow to import
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    return lambda block: fully_shard(
+        block, mesh=mesh, reshard_after_forward=True, ignored_params={block.self_attn.scale}
+    )
+
+
 @torch.no_grad()
 def held_out(model: Llama, pairs) -> tuple[float, float]:
     """Mean loss and share of answers right to the last token, for (prompt, answer) pairs of ids.
 
     One pass each, where evaluation generates and judges: a stricter notion of right, and a much cheaper one.
     """
-    results = [answer_loss(model, *pair) for pair in pairs]
-    return tuple(sum(float(r[i]) for r in results) / len(results) for i in (0, 1))
+    results = [[counts * float(x) for x in answer_loss(model, *pair)] for pair, counts in own_share(pairs)]
+    totals = torch.tensor([sum(column) for column in zip(*results)], dtype=torch.float64)
+    sum_over_ranks(totals)
+    return tuple((totals / len(pairs)).tolist())
 
 
 def peak_memory(device: torch.device) -> str:
@@ -1460,9 +1523,12 @@ def plan_memory(model: Llama, tokens: int, offload: bool) -> str:
     return f"{kept} and {outputs / 2**30:.2f} GB of attention outputs"
 
 
-def train(model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=False, recipe=None) -> list[float]:
-    """Learn the scales in `model` on (prompt, answer) pairs of token ids, one pair a step; returns the losses.
+def train(
+    model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=False, recipe=None, batch=1
+) -> list[float]:
+    """Learn the scales in `model` on (prompt, answer) pairs of token ids, `batch` pairs a step; returns the losses.
 
+    The paper's batch is one. The last of an epoch holds what is left, and the loss is the mean over those there are.
     AdamW at a constant rate, as the paper has it. It names neither betas nor weight decay: betas are torch's, and
     decay is 0, since it would pull scales to 0 (prune heads) where "do nothing" is 1. After every step the whole
     state is written to state_file (small), and resume continues from there as if nothing had happened.
@@ -1472,15 +1538,23 @@ def train(model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=Fals
     per_layer = sum(map(math.prod, learned_shapes(mode_of(scales, model.config), model.config).values()))
     assert trainable == per_layer * model.config.num_hidden_layers, "something besides the scales would be trained"
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
-    losses = []
+    losses, (rank, ranks) = [], rank_and_count()
     if resume:
         losses = load_state(state_file, scales, optimizer, recipe)
-    steps, tokens, start = epochs * len(pairs), 0, time.monotonic()
-    bar = tqdm(range(len(losses), steps), desc="training", unit="prompt", initial=len(losses), total=steps)
+        done = torch.tensor([len(losses)])
+        sum_over_ranks(done)
+        if done != len(losses) * ranks:
+            raise UserError(f"--resume: not every process finds the same {state_file}; put it on a disk they share")
+    batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+    steps, tokens, start = epochs * len(batches), 0, time.monotonic()
+    bar = tqdm(range(len(losses), steps), desc="training", unit="step", initial=len(losses), total=steps)
     for step in bar:
-        prompt, answer = pairs[step % len(pairs)]
-        loss, _ = answer_loss(model, prompt, answer)
-        loss.backward()
+        chosen, loss = batches[step % len(batches)], scales[0].new_zeros(())
+        for pair, counts in own_share(chosen):
+            part = answer_loss(model, *pair)[0] * counts / len(chosen)
+            part.backward()
+            loss += part.detach()
+        sum_over_ranks(loss, *(s.grad for s in scales))
         optimizer.step()
         if not all(x.isfinite().all() for x in (loss, *scales)):
             dtype = str(model.embed_tokens.weight.dtype)[6:]
@@ -1489,10 +1563,10 @@ def train(model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=Fals
                             f"high, or the numbers too large for {dtype} (try --dtype float32){kept}")
         optimizer.zero_grad()
         losses.append(loss.item())
-        tokens += len(prompt) + len(answer)
+        tokens += sum(len(prompt) + len(answer) for prompt, answer in chosen)
         speed = tokens / (time.monotonic() - start)
         bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s, peak {peak_memory(loss.device)}")
-        if state_file:
+        if state_file and rank == 0:
             state = io.BytesIO()  # torch itself does not survive a full disk
             facts = {"recipe": recipe, "losses": losses, "scales": scales, "optimizer": optimizer.state_dict()}
             torch.save(facts, state)
@@ -2048,6 +2122,8 @@ HELD_OUT = 10  # prompts to compare before and after training on
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{dist.get_node_local_rank()}"
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
@@ -2069,7 +2145,8 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
         note(f"warning  {message}")
     device = pick_device(args.device)
     tokenizer = Tokenizer(args.ckpt, config, args.template)
-    model = load_model(args.ckpt, config, device, DTYPES[args.dtype])
+    shard = sharding(device) if getattr(args, "shard", False) else None
+    model = load_model(args.ckpt, config, device, DTYPES[args.dtype], shard)
     if scales:
         model.set_scales(scales)
     weight = model.embed_tokens.weight
@@ -2150,6 +2227,10 @@ def finished(args, header: dict) -> dict:
 
 def command_train(args) -> None:
     check_outputs(args, "out", "json", "plot")
+    rank, ranks = rank_and_count()
+    if args.shard and not dist.is_initialized():
+        raise UserError("--shard: spreads the weights over processes; start with torchrun --nproc-per-node N seal.py")
+    batch = args.batch or ranks
     out, state_file = Path(args.out), Path(f"{args.out}.state")
     model, tokenizer, about = open_checkpoint(args)
     config = model.config
@@ -2160,22 +2241,26 @@ def command_train(args) -> None:
     recipe = {
         "checkpoint": Path(args.ckpt).resolve().name, "mode": args.mode, "extend": about["extend"],
         "task": str(args.task), "length": length, "samples": len(samples), "epochs": args.epochs, "lr": lr,
-        "seed": args.seed,
+        "seed": args.seed, "batch": batch,
         "template": tokenizer.template,
     }
     model.reset_scales(args.mode, args.seed)
     note(f"memory   {plan_memory(model, length, args.offload)}")
     note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} numbers on {len(samples)} samples "
-         f"of {args.task} of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
+         f"of {args.task} of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}, "
+         f"batch {batch}" + f" over {ranks} processes" * (ranks > 1))
     tests = to_pairs(tokenizer, tests)
     before = held_out(model, tests) if tests else None
     pairs = to_pairs(tokenizer, samples)
-    losses = train(model, pairs, lr, args.epochs, state_file, args.resume, recipe | {"data": prompt_id(repr(pairs))})
+    facts = recipe | {"data": prompt_id(repr(pairs))}
+    losses = train(model, pairs, lr, args.epochs, state_file, args.resume, facts, batch)
+    after = held_out(model, tests) if tests else None
+    if rank:
+        return  # the first process writes
     save_scales(out, model.scales(), config, **recipe, steps=len(losses), loss=losses[-1], prompts=",".join(trained_on))
     note(f"scales   {out}")
     report = {"scales": str(out), **recipe, "losses": losses}
     if tests:
-        after = held_out(model, tests)
         report |= {"before": dict(zip(("loss", "right"), before)), "after": dict(zip(("loss", "right"), after))}
         rows = [[name, f"{x[0]:.3f}", f"{x[1]:.2f}"] for name, x in (("base", before), (METHOD[args.mode], after))]
         print(table([f"{len(tests)} prompts not trained on", "loss", "right"], rows))
@@ -2608,8 +2693,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--length", type=whole_number, metavar="TOKENS", help="(default: the context less the answer)")
     p.add_argument("--samples", type=whole_number, default=50)
     p.add_argument("--epochs", type=whole_number, default=1)
+    p.add_argument("--batch", type=whole_number, help="prompts a step (default: 1; under torchrun, one per process)")
     p.add_argument("--lr", type=positive, help="learning rate (default: the paper's, by mode and task)")
     p.add_argument("--offload", action="store_true", help="keep the blocks' inputs in host memory, for a small GPU")
+    p.add_argument("--shard", action="store_true", help="under torchrun: each process holds only a part of the weights")
     p.add_argument("--out", default="scales.safetensors", metavar="PATH")
 
     p = command("eval", command_eval, "accuracy by length", *model, task, result)
@@ -2655,6 +2742,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def join_ranks():
+    """Under torchrun: meet the other processes; returns the small store that all of them share. Else None."""
+    if not dist.is_torchelastic_launched():
+        return None
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    # Gradients go from CPU to CPU, a sharded block's weights from GPU to GPU; unasked, torch takes one for both.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    return store
+
+
 def run(program: str, parse, arguments: list[str] | None = None) -> int:
     """Parse, run the command, and turn every way of ending into an exit status: 2 for a user's mistake, in one line."""
     stopped = []
@@ -2666,12 +2764,23 @@ def run(program: str, parse, arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background may have been told to ignore Ctrl-C
             signal.signal(number, stop)
+    store = join_ranks()
+    silent = open(os.devnull, "w") if rank_and_count()[0] else None  # the first rank speaks for all
     try:
-        args = parse(arguments)
-        args.run(args)
-        sys.stdout.flush()
+        with redirect_stdout(silent or sys.stdout), redirect_stderr(silent or sys.stderr):
+            args = parse(arguments)
+            if store and args.run != command_train:
+                raise UserError("torchrun: only train uses several processes; start this command with python")
+            args.run(args)
+            sys.stdout.flush()
+        if store:
+            dist.destroy_process_group()
         return 0
     except BaseException as e:
+        if store:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once another rank has ended: this one is ending
+            if store.add("failed", 1) > 1:
+                return 2  # the first to fail has said why
         if stopped:
             note(f"{program}: interrupted; finished work is kept")
             return 128 + stopped[0]

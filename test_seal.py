@@ -1068,8 +1068,119 @@ def test_train_writes_scales_with_their_story_and_resumes_bit_for_bit(mode, plai
     assert about == {
         "format": "seal-1", "mode": mode, "heads": "4", "head_size": "16", "layers": "3", "extend": "ntk:2",
         "task": "lines", "length": "310", "samples": "4", "epochs": "4", "steps": "16", "lr": "0.05", "seed": "0",
-        "checkpoint": plain.name, "template": "none",
+        "checkpoint": plain.name, "template": "none", "batch": "1",
     }
+
+
+@pytest.mark.parametrize("mode", ["head", "channel"])
+def test_a_step_is_the_mean_loss_of_its_batch(mode, model):
+    """Five prompts, two a step, twice over: six steps, the third and the last of a single prompt."""
+    pairs = [(some_tokens(20 + 9 * i, seed=i).tolist(), some_tokens(2 + i, seed=9 + i).tolist()) for i in range(5)]
+    model.reset_scales(mode)
+    losses = seal.train(model, pairs, lr=0.05, epochs=2, batch=2)
+    learned = torch.cat(model.scales()).detach()
+    model.reset_scales(mode)
+    optimizer, expected = torch.optim.AdamW(model.scales(), lr=0.05, weight_decay=0.0), []
+    for batch in [pairs[:2], pairs[2:4], pairs[4:]] * 2:
+        loss = torch.stack([seal.answer_loss(model, *pair)[0] for pair in batch]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5) and gap(learned, torch.cat(model.scales())) < 1e-5
+
+
+RANKS = """
+import json, os, sys
+
+sys.path.insert(0, sys.argv[1])
+import seal
+import torch
+
+rank, store, results = int(os.environ["RANK"]), seal.join_ranks(), []
+train, answer_loss, destroy = seal.train, seal.answer_loss, seal.dist.destroy_process_group
+seal.dist.destroy_process_group = lambda: None  # the processes stay together from one command to the next
+if rank:
+    seal.whole_file = "only the first writes"
+for job, arguments in enumerate(json.loads(sys.argv[2])):
+    seal.join_ranks, held = lambda: seal.dist.PrefixStore(str(job), store), []
+
+    def watched(model, *rest):
+        losses = train(model, *rest)
+        held.append(sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.layers.parameters()))
+        return losses
+
+    def broken(*args):
+        if rank == 1 and torch.is_grad_enabled():
+            raise MemoryError
+        return answer_loss(*args)
+
+    seal.train = watched
+    if "broken" in " ".join(arguments):
+        seal.answer_loss = broken
+    results.append([seal.run("seal.py", seal.parse, arguments), *held])
+    with open(f"rank{rank}.json", "w") as file:
+        json.dump(results, file)
+"""
+
+
+def test_two_processes_learn_what_one_does_whole_or_sharded(good, tmp_path, capsys, monkeypatch):
+    """Under torchrun, on batches of 4 and 3; one speaks and writes, it resumes, and it ends if one process fails."""
+    monkeypatch.chdir(tmp_path)
+    line = f"train --ckpt {good}/model --task {good}/task.jsonl --samples 7 --batch 4 --epochs 2 --lr 0.05"
+    modes = ("head", "channel")
+    for mode in modes:
+        assert command(capsys, *f"{line} --mode {mode} --out {mode}1 --json {mode}1.json".split())[0] == 0
+    calls, real = [], seal.answer_loss
+
+    def interrupted(*args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) > 8:  # in the third step of four
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(seal, "answer_loss", interrupted)
+    assert command(capsys, *f"{line} --out head3".split())[0] == 130 and whole_state(Path("head3.state")) == 2
+    monkeypatch.setattr(seal, "answer_loss", real)
+    assert "made with batch 4, not 1;" in command(capsys, *f"{line} --out head3 --resume --batch 1".split())[2]
+
+    jobs = [f"{line} --mode {mode} --out {mode}2{shard} --json {mode}2{shard}.json {more}"
+            for shard, more in (("", ""), ("s", "--shard --offload")) for mode in modes]
+    jobs += [f"{line} --out head3 --resume --shard", f"eval --ckpt {good}/model", f"{line} --out broken"]
+    jobs = json.dumps([job.split() for job in jobs])
+    Path("ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "ranks.py", Path(seal.__file__).parent, jobs], capture_output=True, text=True,
+                          timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout.count("not trained on") == 5 and done.stderr.count("model    ") == 6, done.stderr
+    assert re.findall("error: .{12}", done.stderr) == ["error: torchrun: on", "error: out of memor"], done.stderr
+    first, second = (json.loads(Path(f"rank{i}.json").read_text()) for i in (0, 1))
+    assert [r[0] for r in first] == [r[0] for r in second] == [0, 0, 0, 0, 0, 2, 2]
+    for whole, half in ((0, 2), (1, 3), (0, 4)):  # the scales are whole everywhere
+        scales = sum(map(torch.numel, seal.read_scales(f"{modes[whole]}1")[0]))
+        held = [r[i][1] - scales for r in (first, second) for i in (whole, half)]
+        assert held[0] == held[2] == held[1] + held[3] and held[1] == held[3]
+
+    for one, two in [("head1", "head2"), ("channel1", "channel2"), ("head1", "head2s"), ("channel1", "channel2s"),
+                     ("head1", "head3")]:
+        (a, about), (b, again) = seal.read_scales(one), seal.read_scales(two)
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+        assert float(about.pop("loss")) == pytest.approx(float(again.pop("loss")), rel=1e-5) and about == again
+        if two != "head3":
+            a, b = (json.loads(Path(f"{name}.json").read_text()) for name in (one, two))
+            assert b["losses"] == pytest.approx(a["losses"], rel=1e-5)
+            assert all(b[when] == pytest.approx(a[when], rel=1e-5) for when in ("before", "after"))
+    made = {p.name for p in tmp_path.iterdir()} - {"ranks.py", "rank0.json", "rank1.json", "head3", "broken.state"}
+    assert made == {f"{mode}{kind}" for mode in modes for kind in ("1", "1.json", *(
+        f"2{shard}{suffix}" for shard in ("", "s") for suffix in ("", ".json")))}
+
+
+def test_each_of_several_processes_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(seal.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(seal.UserError, match="--device cuda:99: not usable here"):
+        seal.pick_device("cuda")
+    assert seal.pick_device("cpu") == CPU
 
 
 def test_the_papers_learning_rates():
@@ -2070,6 +2181,8 @@ BAD = {
     "length 1e30": (None, "--lengths?:? must be|--lengths?: must be",
         [TRAIN + f" --length {10**30}", EVAL + f" --lengths {10**30}"]),
     "samples 0": (None, "whole number from 1", [TRAIN + " --samples 0"]),
+    "batch of none": (None, "--batch: must be a whole number", [TRAIN + " --batch 0"]),
+    "shards of one": (None, "--shard: .* torchrun", [TRAIN + " --shard"]),
     "lr negative": (None, "number above 0", [TRAIN + " --lr=-1"]),
     "lr huge": (None, "number above 0", [TRAIN + " --lr 1e38"]),
     "lr NaN": (None, "number above 0", [TRAIN + " --lr nan"]),
