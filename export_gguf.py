@@ -8,6 +8,7 @@ scales: a plain converter. What comes out: a GGUF file of architecture "llama" w
 answers. Three things differ from a copy of the weights:
 
   o_proj     column c is multiplied by its channel's scale, in float32, and cast once to the type of the file
+             (of SEAL-L instead: q, k, v and o get LoRA's product added, likewise)
   q, k       Hugging Face turns the channel pairs (i, i + d/2), llama.cpp (2i, 2i + 1): rows are reordered to match
   positions  the context extension the scales were trained with becomes metadata, or a small table of divisors
 
@@ -86,7 +87,7 @@ class Stored:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop (of a vector: elements) as they stand in the file."""
         rows = slice(start, stop) if self.order is None else self.order[start:stop]
-        return encode(seal.fold(self.source, self.read()[rows], self.scales), self.kind, self.source)
+        return encode(seal.fold(self.source, self.read(), self.scales, rows), self.kind, self.source)
 
     def tofile(self, file) -> None:
         step = max(1, BLOCK // math.prod(self.shape[1:]))
@@ -294,7 +295,7 @@ def export(folder: Path, config: seal.Config, scales, about: dict, outfile: Path
         if scales:
             facts = ", ".join(f"{key} {about[key]}" for key in ("task", "length", "extend") if key in about)
             method = seal.METHOD[about["mode"]]
-            writer.add_description(f"{method} scales folded into attn_output ({facts}); arXiv 2501.15225")
+            writer.add_description(f"{method} folded into the weights ({facts}); arXiv 2501.15225")
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_context_length(config.max_position_embeddings)
@@ -445,7 +446,7 @@ def run(args) -> None:
     seal.check_output(outfile, [args.scales, *(p for p in args.ckpt.iterdir() if p.suffix != ".gguf")])
 
     count = export(args.ckpt, config, scales, about, outfile, kind)
-    folded = f"{seal.METHOD[about['mode']]} folded into {len(scales)} o_proj weights" if scales else "no scales"
+    folded = f"{seal.METHOD[about['mode']]} folded into {config.num_hidden_layers} layers" if scales else "no scales"
     size = f"{outfile.stat().st_size / 1e6:,.1f} MB"
     print(f"{outfile}: {size}, {type_name}, {count} tensors; {folded}; extension {spec}")
     if args.check:

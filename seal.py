@@ -15,6 +15,8 @@ those numbers on 50 synthetic prompts (section 4):
   SEAL-H  (--mode head)     one s per layer and head:     32 x 32         =   1,024 numbers for a 7B
   SEAL-C  (--mode channel)  one s per layer and channel:  32 x (32 x 128) = 131,072 numbers for a 7B
 
+and, to compare with, the paper's baseline SEAL-L (--mode lora): LoRA of rank 4 on q, k, v and o, 4.2M numbers for a 7B.
+
 A scale above 1 makes a head speak louder into the residual stream, below 1 quieter, 0 prunes it. All start at 1,
 where the model is exactly the one you downloaded. Before W_o the heads are still apart, after it they are one sum: it
 is the last place to weigh them. When training ends, s multiplies columns of W_o, and what is left is an ordinary
@@ -69,7 +71,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, cycle, product
 from pathlib import Path
 
 import sentencepiece
@@ -392,6 +394,17 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 CHUNK = 1024  # tokens that go through a feed-forward at once
+RANK = 4      # of LoRA, the paper's
+LORA = [f"{p}_proj.lora_{m}" for p in "qkvo" for m in "AB"]  # what it learns in a layer
+
+
+def learned_shapes(mode: str, config: Config) -> dict[str, tuple[int, ...]]:
+    """What a layer learns in a mode ("head", "channel", "lora"), by name within its attention: the shapes."""
+    D, q, kv = config.hidden_size, config.channels(), config.num_key_value_heads * config.head_dim
+    if mode != "lora":
+        return {"scale": (config.num_attention_heads if mode == "head" else q,)}
+    sides = [(D, q), (D, kv), (D, kv), (q, D)]  # in and out of q, k, v and o
+    return dict(zip(LORA, (shape for i, out in sides for shape in ((RANK, i), (out, RANK)))))
 
 
 class RMSNorm(nn.Module):
@@ -408,6 +421,24 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight
 
 
+class Projection(nn.Linear):
+    """x W^T + bias. With LoRA (--mode lora), W + B A in place of W: W stays frozen, B A is a matrix of rank r.
+
+    A is (r, in) and B (out, r), both float32, as is the sum with their product, rounded once. LoRA's factor on B A is
+    alpha / r. The paper names no alpha; here it is r, so the factor is 1 and nowhere to be seen.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_A = self.lora_B = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.lora_A is None:
+            return y
+        return (y + x.float() @ self.lora_A.T @ self.lora_B.T).to(x.dtype)  # (B, T, in) -> (B, T, r) -> (B, T, out)
+
+
 class Attention(nn.Module):
     """Causal attention over H query heads, each scaled by SEAL before the output projection."""
 
@@ -415,10 +446,10 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer, self.heads, self.head_dim = layer, H, d
-        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, G * d, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, G * d, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
+        self.q_proj = Projection(D, H * d, bias=config.attention_bias)
+        self.k_proj = Projection(D, G * d, bias=config.attention_bias)
+        self.v_proj = Projection(D, G * d, bias=config.attention_bias)
+        self.o_proj = Projection(H * d, D, bias=config.attention_bias)
         self.scale = nn.Parameter(torch.ones(H))  # (H,) for SEAL-H; set_scales puts (H * d,) here for SEAL-C
 
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
@@ -437,6 +468,10 @@ class Attention(nn.Module):
         # product is made in float32 and rounded once.
         y = y.transpose(1, 2) * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).reshape(B, T, -1))      # (B, T, H * d) -> (B, T, D)
+
+    def learned(self) -> list[nn.Parameter]:
+        """What trains while the weights are frozen: the scale, or LoRA's matrices, as learned_shapes orders them."""
+        return [p for p in self.parameters() if p.requires_grad]
 
 
 class FeedForward(nn.Module):
@@ -516,7 +551,7 @@ class Llama(nn.Module):
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             for layer in self.layers:
                 if self.frozen and torch.is_grad_enabled() and cache is None:
-                    x = Recompute.apply(x, layer.self_attn.scale, layer, rope, self.keep_attention)
+                    x = Recompute.apply(x, layer, rope, self.keep_attention, *layer.self_attn.learned())
                 else:
                     x = layer(x, rope, mask, cache)
         if cache is not None:
@@ -532,21 +567,37 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x)).float()
 
     def scales(self) -> list[nn.Parameter]:
-        """The learned numbers, one tensor per layer, (H,) or (H * d,)."""
-        return [layer.self_attn.scale for layer in self.layers]
+        """The learned numbers, one tensor per layer, (H,) or (H * d,); of LoRA eight, in the order of LORA."""
+        return [p for layer in self.layers for p in layer.self_attn.learned()]
 
     def set_scales(self, scales: list[Tensor]) -> None:
-        """Put these scales (float32, one per layer) in, trainable; everything else is frozen."""
+        """Put these (float32, as scales() lists them) in, trainable; all else is frozen, and another mode's gone."""
         self.requires_grad_(False)
         self.frozen = True
-        for layer, scale in zip(self.layers, scales, strict=True):
-            device = layer.self_attn.o_proj.weight.device
-            layer.self_attn.scale = nn.Parameter(scale.detach().to(device, torch.float32, copy=True))
+        device = self.norm.weight.device
+        for layer in self.layers:
+            attention = layer.self_attn
+            attention.scale = nn.Parameter(torch.ones(attention.heads, device=device), requires_grad=False)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+                projection.lora_A = projection.lora_B = None
+        names = LORA if scales[0].dim() == 2 else ["scale"]
+        for (layer, name), scale in zip(product(self.layers, names), scales, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            scale = nn.Parameter(scale.detach().to(device, torch.float32, copy=True))
+            setattr(layer.self_attn.get_submodule(owner), leaf, scale)
 
-    def reset_scales(self, mode: str) -> None:
-        """Scales of one: the base model, to the bit. mode is "head" (H per layer) or "channel" (H * d per layer)."""
-        size = self.config.num_attention_heads if mode == "head" else self.config.channels()
-        self.set_scales([torch.ones(size)] * self.config.num_hidden_layers)
+    def reset_scales(self, mode: str, seed: int = 0) -> None:
+        """Where training starts, which is the base model, to the bit: scales of one.
+
+        Of LoRA, B is 0 and A drawn as PEFT does (uniform, Kaiming's bound): with both at 0 no gradient would ever come.
+        """
+        rng = torch.Generator().manual_seed(seed)
+        def start(name, shape):
+            if name.endswith("lora_A"):
+                return (2 * torch.rand(shape, generator=rng, device="cpu") - 1) / math.sqrt(shape[1])
+            return torch.zeros(shape) if name.endswith("lora_B") else torch.ones(shape)
+        shapes = learned_shapes(mode, self.config).items()
+        self.set_scales([start(*item) for _ in self.layers for item in shapes])
 
 
 class Cache:
@@ -619,13 +670,13 @@ class Recompute(torch.autograd.Function):
 
     Kept are the block's input and, if memory allows (`keep`), the attention's output. Going back, the block is
     computed again with a graph, and as weights are frozen, just two gradients are asked for: the input's and the
-    scale's. The inside of the feed-forward, several times wider than the stream, is never whole in memory: each chunk
-    of the sequence goes forward and back before the next. Nothing reads what down_proj would add to the stream a
-    second time, and the gradient of its input is grad @ W, so it is not repeated.
+    scale's (LoRA: its matrices'). The inside of the feed-forward, several times wider than the stream, is never whole
+    in memory: each chunk of the sequence goes forward and back before the next. Nothing reads what down_proj would add
+    to the stream a second time, and the gradient of its input is grad @ W, so it is not repeated.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope, keep: bool) -> Tensor:
+    def forward(ctx, x: Tensor, block: Block, rope, keep: bool, *learned: Tensor) -> Tensor:
         first = ctx.again = nullcontext()
         if keep:
             first, ctx.again = create_selective_checkpoint_contexts(attention_policy)
@@ -648,9 +699,9 @@ class Recompute(torch.autograd.Function):
                 inside = block.mlp.inside(block.post_attention_layernorm(part.requires_grad_()))
                 grad_inside = grad_part @ block.mlp.down_proj.weight
                 parts.append(grad_part + torch.autograd.grad(inside, part, grad_inside)[0])
-            inputs = [block.self_attn.scale] + [x] * ctx.needs_input_grad[0]  # nothing below the first block is trained
-            grads = torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1))
-        return grads[1] if ctx.needs_input_grad[0] else None, grads[0], None, None, None
+            inputs = block.self_attn.learned() + [x] * ctx.needs_input_grad[0]  # nothing trains below the first block
+            grads = list(torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1)))
+        return grads.pop() if ctx.needs_input_grad[0] else None, None, None, None, *grads
 
 
 def attention_policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
@@ -664,7 +715,7 @@ def attention_policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
 # ---------------------------------------------------------------------------------------------------------------------
 # A checkpoint is read one tensor at a time from memory-mapped files, so a 7B never needs two copies in memory.
 
-METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}  # --mode, and the paper's name for it
+METHOD = {"head": "SEAL-H", "channel": "SEAL-C", "lora": "SEAL-L"}  # --mode, and the paper's name for it
 
 
 class Checkpoint:
@@ -857,21 +908,34 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
 
 
 def mode_of(scales: list[Tensor], config: Config) -> str:
+    if scales[0].dim() == 2:
+        return "lora"
     return "head" if len(scales[0]) == config.num_attention_heads else "channel"
 
 
+def names_in_file(mode: str, layers: int) -> list[str]:
+    return [f"layers.{i}.{name}" for i in range(layers) for name in (LORA if mode == "lora" else ["scale"])]
+
+
 def save_scales(path, scales: list[Tensor], config: Config, **facts) -> None:
-    """Write scales.safetensors: `layers.{i}.scale`, float32, and how they came about as metadata (strings)."""
-    about = {"format": "seal-1", "mode": mode_of(scales, config), "heads": config.num_attention_heads,
-             "head_size": config.head_dim, "layers": len(scales)} | facts
-    tensors = {f"layers.{i}.scale": s.detach().float().cpu().clone() for i, s in enumerate(scales)}
+    """Write scales.safetensors: float32 tensors, and how they came about as metadata (strings).
+
+    They are `layers.{i}.scale`, (H,) or (H * d,), and of LoRA `layers.{i}.q_proj.lora_A`, (r, in), and
+    `layers.{i}.q_proj.lora_B`, (out, r), the same for k, v and o: B @ A is to be added to the weight, without a factor.
+    """
+    mode = mode_of(scales, config)
+    layers = len(scales) // len(names_in_file(mode, 1))
+    about = {"format": "seal-1", "mode": mode, "heads": config.num_attention_heads, "head_size": config.head_dim,
+             "layers": layers} | facts
+    values = (s.detach().float().cpu().clone() for s in scales)
+    tensors = dict(zip(names_in_file(mode, layers), values, strict=True))
     about = {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
     with whole_file(path) as partial:
         partial.write_bytes(to_safetensors(tensors, about))
 
 
 def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], dict]:
-    """The scales in a file, one tensor per layer, and its metadata. With a config: UserError unless they fit it."""
+    """The scales in a file, as Llama.scales() lists them, and its metadata. UserError unless they fit the config."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -880,31 +944,43 @@ def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], dict]
         raise UserError(f"{path}: cannot be read as scales ({first_line(e)})") from e
     if about.get("format") != "seal-1" or about.get("mode") not in METHOD:
         raise UserError(f"{path}: is not a scales file, or of an unknown mode; `seal.py train` writes them")
-    scales = [tensors.pop(f"layers.{i}.scale", None) for i in range(len(tensors))]
+    found = len(tensors) // len(names_in_file(about["mode"], 1))  # layers
+    scales = [tensors.pop(name, None) for name in names_in_file(about["mode"], found)]
     if tensors or not scales:
         raise UserError(f"{path}: layers are missing or unknown ({sorted(tensors)[:1]})")
     if config is not None:
-        heads, width, layers = config.num_attention_heads, config.channels(), config.num_hidden_layers
-        size = heads if about["mode"] == "head" else width
-        if len(scales) != layers or any(s.shape != (size,) for s in scales) or about.get("heads") != str(heads):
-            made = f"{len(scales)} layers of {list(scales[0].shape)} scales and {about.get('heads')} heads"
-            raise UserError(f"{path}: made for {made}, the model has {layers} of [{size}] and {heads} heads")
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        shapes = list(zip(scales, cycle(learned_shapes(about["mode"], config).values())))
+        scale, size = next((odd for odd in shapes if odd[0].shape != odd[1]), shapes[0])
+        if found != layers or scale.shape != size or about.get("heads") != str(heads):
+            made = f"{found} layers of {list(scale.shape)} scales and {about.get('heads')} heads"
+            raise UserError(f"{path}: made for {made}, the model has {layers} of {list(size)} and {heads} heads")
     if not all(s.dtype == torch.float32 and s.isfinite().all() for s in scales):
         raise UserError(f"{path}: scales must be finite float32 numbers; train again")
     return scales, about
 
 
-def fold(name: str, tensor: Tensor, scales: list[Tensor] | None) -> Tensor:
-    """The checkpoint's tensor `name` with its layer's scales multiplied in, if it is an o_proj weight; float32 then.
+def fold(name: str, tensor: Tensor, scales: list[Tensor] | None, rows=slice(None)) -> Tensor:
+    """These rows of the checkpoint's tensor `name`, its layer's scales multiplied in if it is an o_proj weight.
 
     (s * y) W^T = y (W * s)^T: the scale of input channel c multiplies column c of o_proj (paper, section 4). This is
     exact for any attention. The rows of v_proj would do for multi-head attention only: with grouped queries one value
-    head feeds several query heads, which may have different scales. Biases come after the product and stay.
+    head feeds several query heads, which may have different scales. Biases come after the product and stay. LoRA's
+    B A is added to the weights of q, k, v and o. Where something is folded in, the result is float32.
     """
-    match = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.self_attn\.o_proj\.weight", name)
+    tensor = tensor[rows]
+    match = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.self_attn\.([qkvo]_proj)\.weight", name)
     if not scales or not match:
         return tensor
-    scale = scales[int(match[1])]                                       # (H,) or (H * d,)
+    layer, projection = int(match[1]), match[2]
+    if scales[0].dim() == 2:  # LoRA
+        at = layer * len(LORA) + LORA.index(f"{projection}.lora_A")
+        a, b = scales[at], scales[at + 1][rows]                         # (r, in), (out, r)
+        # One product after the other: a row then has the same bits whether it is made alone or among others.
+        return tensor.float() + sum(map(torch.outer, b.T, a))
+    if projection != "o_proj":
+        return tensor
+    scale = scales[layer]                                               # (H,) or (H * d,)
     columns = scale.repeat_interleave(tensor.shape[1] // len(scale))    # (H * d,)
     return tensor.float() * columns                                     # (D, H * d): cast once, by whoever stores it
 
@@ -1325,6 +1401,8 @@ def make_samples(
 
 def paper_lr(task: str, mode: str, config: Config) -> float:
     """The paper's learning rate (section 6, appendix A)."""
+    if mode == "lora":
+        return 2e-4
     if task == "needle":
         # The paper names 4e-2 and 5e-2 without saying which is which, and 4e-4 for Mistral's SEAL-C: set --lr there.
         return 4e-2 if mode == "head" else 5e-2
@@ -1392,7 +1470,7 @@ def train(model: Llama, pairs, lr: float, epochs=1, state_file=None, resume=Fals
     """
     scales = model.scales()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_layer = model.config.num_attention_heads if mode_of(scales, model.config) == "head" else model.config.channels()
+    per_layer = sum(map(math.prod, learned_shapes(mode_of(scales, model.config), model.config).values()))
     assert trainable == per_layer * model.config.num_hidden_layers, "something besides the scales would be trained"
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
     losses = []
@@ -1536,7 +1614,7 @@ def score_table(results: dict[str, list[dict]]) -> str:
 
 # --- pictures: black on white, colours that the colour-blind can tell apart, under 150 KB ---
 
-COLOURS = {"base": "#4d4d4d", "SEAL-H": "#0072b2", "SEAL-C": "#d55e00"}
+COLOURS = {"base": "#4d4d4d", "SEAL-H": "#0072b2", "SEAL-C": "#d55e00", "SEAL-L": "#009e73"}
 
 
 @contextmanager
@@ -1945,7 +2023,7 @@ def demo(model: Llama, tokenizer: Tokenizer, lengths: list[int], prompts: int, m
     model.reset_scales("head")
     results = {"base": evaluate(model, tokenizer, cells, desc="base")}
     for mode in modes:
-        model.reset_scales(mode)
+        model.reset_scales(mode, seed)
         train(model, pairs, paper_lr("lines", mode, model.config))
         results[METHOD[mode]] = evaluate(model, tokenizer, cells, desc=METHOD[mode])
     return results
@@ -2086,9 +2164,9 @@ def command_train(args) -> None:
         "seed": args.seed,
         "template": tokenizer.template,
     }
-    model.reset_scales(args.mode)
+    model.reset_scales(args.mode, args.seed)
     note(f"memory   {plan_memory(model, length, args.offload)}")
-    note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} scales on {len(samples)} samples "
+    note(f"training {METHOD[args.mode]}: {sum(s.numel() for s in model.scales()):,} numbers on {len(samples)} samples "
          f"of {args.task} of {length:,} tokens, {args.epochs} epoch(s), lr {lr:g}, seed {args.seed}")
     tests = to_pairs(tokenizer, tests)
     before = held_out(model, tests) if tests else None
@@ -2152,6 +2230,8 @@ def command_heads(args) -> None:
     if args.quadrants and len(args.quadrants) != 2:
         raise UserError("--quadrants: must be two numbers, LOW,HIGH")
     model, tokenizer, about = open_checkpoint(args)
+    if about.get("mode") == "lora":
+        raise UserError(f"{args.scales}: SEAL-L has no numbers per head; give scales of mode head or channel")
     config = model.config
     learned = [s.detach().clone() for s in model.scales()] if args.scales else None
     if args.direct:
@@ -2252,7 +2332,8 @@ def useful_flop(config: Config, T: int) -> tuple[float, float]:
 
     A weight matrix costs 2 per parameter and token. Causal attention has T^2 / 2 pairs, and q . k and p v cost 2 d each
     per pair and head: 2 T^2 H d per layer. Going back, frozen weights cost only the gradient of their input (as much
-    as forward), attention four such products for its two. Logits are for a few positions and not counted.
+    as forward), attention four such products for its two. Logits are for a few positions and not counted, nor are
+    LoRA's thin matrices.
     """
     D, H, G, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     matrices = 2 * T * (2 * D * H * d + 2 * D * G * d + 3 * D * config.intermediate_size) * config.num_hidden_layers
@@ -2344,7 +2425,7 @@ def command_demo(args) -> None:
         note(TOY_STORY)
     end = default_length(model.config)
     lengths = [round(end * share) for share in (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)]
-    report["within"] = demo(model, tokenizer, lengths, args.prompts, ["head", "channel"], args.seed)
+    report["within"] = demo(model, tokenizer, lengths, args.prompts, args.mode, args.seed)
     print(f"Share of {args.prompts} prompts answered right, within the context of {end + ANSWER_ROOM}")
     print(score_table(report["within"]), "\n")
     plot_scores(out / "within.png", report["within"])
@@ -2400,7 +2481,7 @@ def command_generate(args) -> None:
 
 
 def command_fold(args) -> None:
-    """An ordinary Hugging Face folder with the scales in o_proj and the extension in config.json's own terms."""
+    """An ordinary Hugging Face folder with the scales in its weights and the extension in config.json's own terms."""
     source = Path(args.ckpt)
     config = read_config(source)
     scales, about = read_scales(args.scales, config)
@@ -2428,7 +2509,7 @@ def command_fold(args) -> None:
             ours = file.name in ("config.json", "params.json") or file.name.endswith(".index.json")
             if not ours and (file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")):
                 shutil.copyfile(file, partial / file.name)
-    print(f"{args.out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} o_proj weights, "
+    print(f"{args.out}: {METHOD[about['mode']]} folded into {config.num_hidden_layers} layers, "
           f"extension {spec}, {sum(sizes) / 1e9:.2f} GB")
 
 
@@ -2517,12 +2598,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return sub
 
     p = command("demo", command_demo, "the bundled toy, before and after; no checkpoint needed", ckpt, text, device)
+    p.add_argument("--mode", nargs="+", default=["head", "channel"], choices=METHOD, help="methods in the first table")
     p.add_argument("--prompts", type=whole_number, default=50, help="per length")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="seal-demo", metavar="DIR")
 
     p = command("train", command_train, "learn the scales", *model, task, result)
-    p.add_argument("--mode", default="head", choices=METHOD, help="one scale per head (SEAL-H) or per channel (SEAL-C)")
+    p.add_argument("--mode", default="head", choices=METHOD,
+                   help="one scale per head (SEAL-H), per channel (SEAL-C), or LoRA in their place (SEAL-L)")
     p.add_argument("--length", type=whole_number, metavar="TOKENS", help="(default: the context less the answer)")
     p.add_argument("--samples", type=whole_number, default=50)
     p.add_argument("--epochs", type=whole_number, default=1)

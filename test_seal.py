@@ -27,6 +27,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import sentencepiece
 import tokenizers
@@ -185,11 +186,14 @@ def some_tokens(*shape, seed=0) -> torch.Tensor:
     return torch.randint(3, 600, shape, generator=torch.Generator().manual_seed(seed))
 
 
+LEARNED = {"head": ["scale"], "channel": ["scale"], "lora": [f"{p}_proj.lora_{m}" for p in "qkvo" for m in "AB"]}
+
+
 def make_scales(config, mode, path=None, **facts) -> list[torch.Tensor]:
-    """Random scales around 1; with a path also saved there, as `seal.py train` does, with these facts about them."""
+    """Random scales around 1, or LoRA around 0; with a path also saved there, as `seal.py train` does, with facts."""
     torch.manual_seed(1)
-    size = config.num_attention_heads if mode == "head" else config.channels()
-    scales = [1 + 0.5 * torch.randn(size) for _ in range(config.num_hidden_layers)]
+    shapes = [*seal.learned_shapes(mode, config).values()] * config.num_hidden_layers
+    scales = [0.2 * torch.randn(shape) if mode == "lora" else 1 + 0.5 * torch.randn(shape) for shape in shapes]
     if path:
         seal.save_scales(path, scales, config, **facts)
     return scales
@@ -389,7 +393,8 @@ def test_a_sliding_window_is_exact_up_to_its_size_and_refused_beyond(tmp_path, v
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_metas_own_release_is_the_checkpoint_it_was_converted_to(vocabulary, tmp_path, capsys):
+@pytest.mark.parametrize("mode", ["channel", "lora"])
+def test_metas_own_release_is_the_checkpoint_it_was_converted_to(mode, vocabulary, tmp_path, capsys):
     """params.json and two slices of every matrix: the same config, logits and, folded, the same as scaled."""
     source, meta, out, path = (tmp_path / name for name in ("ckpt", "meta", "out", "s.safetensors"))
     reference = make_checkpoint(
@@ -401,7 +406,7 @@ def test_metas_own_release_is_the_checkpoint_it_was_converted_to(vocabulary, tmp
     assert torch.equal(logits(ours, tokens), logits(load(source), tokens))
     assert gap(logits(ours, tokens), logits(reference, tokens)) < 1e-4
 
-    ours.set_scales(make_scales(ours.config, "channel", path))
+    ours.set_scales(make_scales(ours.config, mode, path))
     status, _, err = command(capsys, "fold", "--ckpt", meta, "--scales", path, "--out", out)
     assert status == 0, err
     assert seal.read_config(out) == ours.config and not (out / "params.json").exists()
@@ -419,12 +424,16 @@ def test_transformers_reads_a_folded_release_of_metas(vocabulary, tmp_path, caps
     assert gap(logits(theirs, tokens), logits(ours, tokens)) < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["head", "channel"])
+@pytest.mark.parametrize("mode", ["head", "channel", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_of_one_are_the_base_model_bit_for_bit(mode, dtype, plain, monkeypatch):
-    """What reaches o_proj is attention's own output, every bit of it."""
+    """What reaches o_proj is attention's own output, every bit of it; so, too, where LoRA starts, and after LoRA."""
     model, plain_outputs, inputs = load(plain, dtype=dtype), [], []
+    base = logits(model, some_tokens(2, 30))
+    model.set_scales(make_scales(model.config, "lora"))
+    assert gap(logits(model, some_tokens(2, 30)), base) > 1e-1
     model.reset_scales(mode)
+    assert torch.equal(logits(model, some_tokens(2, 30)), base)
     attention = seal.F.scaled_dot_product_attention
     monkeypatch.setattr(
         seal.F, "scaled_dot_product_attention",
@@ -438,7 +447,7 @@ def test_scales_of_one_are_the_base_model_bit_for_bit(mode, dtype, plain, monkey
         assert x.dtype == dtype and torch.equal(x, y.transpose(1, 2).reshape(x.shape))
 
 
-@pytest.mark.parametrize("mode, size", [("head", 1024), ("channel", 131072)])
+@pytest.mark.parametrize("mode, size", [("head", 1024), ("channel", 131072), ("lora", 4194304)])
 def test_a_7b_has_as_many_trainable_scales_as_the_paper_says(mode, size):
     seven_b = seal.Config(32000, 4096, 11008, 32, 32, 32, 128, 4096)
     with torch.device("meta"):
@@ -448,7 +457,7 @@ def test_a_7b_has_as_many_trainable_scales_as_the_paper_says(mode, size):
 
 
 def test_scales_survive_their_file_and_other_programs_can_read_it(tmp_path, model):
-    for mode in ("head", "channel"):
+    for mode, names in LEARNED.items():
         path = tmp_path / "s.safetensors"
         scales = make_scales(model.config, mode, path, extend="ntk:2", lr=0.01)
         back, about = seal.read_scales(path, model.config)
@@ -458,15 +467,15 @@ def test_scales_survive_their_file_and_other_programs_can_read_it(tmp_path, mode
             "lr": "0.01",
         }
         tensors = load_file(path)
-        assert {name: t.shape for name, t in tensors.items()} == {
-            f"layers.{i}.scale": scales[i].shape for i in range(3)
-        }
+        named = zip([f"layers.{i}.{name}" for i in range(3) for name in names], scales, strict=True)
+        assert {name: t.shape for name, t in tensors.items()} == {name: scale.shape for name, scale in named}
 
 
 def test_scales_of_another_model_are_refused(tmp_path, model):
     config, path = model.config, tmp_path / "s.safetensors"
     for mode, other in [
         ("head", dict(num_hidden_layers=2)), ("head", dict(num_attention_heads=8)), ("channel", dict(head_dim=8)),
+        ("lora", dict(num_hidden_layers=4)), ("lora", dict(hidden_size=32)), ("lora", dict(num_key_value_heads=4)),
     ]:
         make_scales(seal.replace(config, **other), mode, path)
         with pytest.raises(seal.UserError, match="the model has 3 of"):
@@ -483,13 +492,15 @@ def test_scales_of_another_model_are_refused(tmp_path, model):
         ("head", "linear:2.5", False, False, "5GB"),
         ("channel", "yarn:4", False, False, "200KB"),
         ("channel", "yarn:2", True, False, "5GB"),
+        ("lora", "none", False, False, "5GB"),
+        ("lora", "ntk:4", True, True, "200KB"),
     ],
 )
 def test_folded_equals_unfolded(mode, spec, old, bin, shard_size, tmp_path, vocabulary, capsys):
     """The folder that `fold` writes, read by seal.py and by transformers, is the scaled and extended model."""
     make_checkpoint(
         tmp_path / "ckpt", vocabulary, 0, bin, shard_size, num_key_value_heads=2, head_dim=20,
-        max_position_embeddings=64, initializer_range=0.15,
+        max_position_embeddings=64, initializer_range=0.15, attention_bias=mode == "lora",
     )
     if old:
         spell_as_older_releases(tmp_path / "ckpt")
@@ -509,7 +520,8 @@ def test_folded_equals_unfolded(mode, spec, old, bin, shard_size, tmp_path, voca
     if old and not spec.startswith("ntk"):  # releases before 4.43 know no rope_type
         assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]["type"] == spec.split(":")[0]
     weights, source = seal.Checkpoint(tmp_path / "out"), seal.Checkpoint(tmp_path / "ckpt")
-    assert all(torch.equal(weights[name], source[name]) for name in source if "o_proj" not in name)
+    folded = re.compile("[qkvo]_proj.weight" if mode == "lora" else "o_proj.weight")
+    assert all(torch.equal(weights[name], source[name]) != bool(folded.search(name)) for name in source)
 
 
 def test_a_folded_checkpoint_keeps_the_template_of_its_sources_name(tmp_path, vocabulary, capsys):
@@ -530,6 +542,22 @@ def test_a_bf16_checkpoint_is_folded_in_float32_and_rounded_once(tmp_path, vocab
     for i, scale in enumerate(scales):
         name = f"model.layers.{i}.self_attn.o_proj.weight"
         assert torch.equal(after[name], (before[name].float() * scale).bfloat16())
+
+
+def test_lora_is_added_to_bf16_weights_in_float32_and_rounded_once(tmp_path, vocabulary):
+    """Against float64: never farther from it than half a step of bf16's eight bits."""
+    make_checkpoint(tmp_path, vocabulary, num_key_value_heads=2, dtype=torch.bfloat16)
+    model, weights = load(tmp_path), seal.Checkpoint(tmp_path)
+    scales = make_scales(model.config, "lora")
+    model.set_scales(scales)
+    for name in (n for n in weights if re.search("[qkvo]_proj", n)):
+        module = model.get_submodule(name.removeprefix("model.").removesuffix(".weight"))
+        exact = weights[name].double() + module.lora_B.double() @ module.lora_A.double()
+        folded = seal.fold(name, weights[name], scales)
+        half_step = 2.0 ** (exact.abs().log2().floor() - 8)
+        assert ((folded.bfloat16().double() - exact).abs() <= half_step * (1 + 1e-4)).all()
+        some = torch.randperm(len(exact))[:5]  # rows by themselves, in any order, are the same rows
+        assert torch.equal(seal.fold(name, weights[name], scales, some), folded[some])
 
 
 @pytest.mark.parametrize("groups", [4, 2])
@@ -914,8 +942,53 @@ def test_loss_and_gradients_equal_the_slow_reference_and_finite_differences(mode
             )
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # PEFT asks transformers for it by its old name
+@pytest.mark.parametrize("seed", range(8))
+def test_lora_is_pefts(seed, tmp_path, vocabulary):
+    """On the drawn configs, from the same values (PEFT's factor alpha / r being 1): the same loss and gradients."""
+    reference = make_checkpoint(tmp_path, vocabulary, seed, **draw_config(seed)[0])
+    ours, prompt, answer = load(tmp_path), some_tokens(40).tolist(), some_tokens(5, seed=1).tolist()
+    ours.set_scales(make_scales(ours.config, "lora"))
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    theirs = peft.get_peft_model(reference, peft.LoraConfig(r=4, lora_alpha=4, target_modules=projections))
+    pairs = [
+        (ours.get_parameter(name.removeprefix("base_model.model.model.").replace(".default.weight", "")), p)
+        for name, p in theirs.named_parameters() if p.requires_grad
+    ]
+    assert len(pairs) == len(ours.scales()) == 2 * 4 * 2
+    for mine, other in pairs:
+        other.data.copy_(mine)
+    loss, _ = seal.answer_loss(ours, prompt, answer)
+    loss.backward()
+    found = theirs(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    expected = torch.nn.functional.cross_entropy(found, torch.tensor(answer))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    size = max(p.grad.abs().max() for _, p in pairs)
+    for mine, other in pairs:
+        assert mine.grad.abs().max() > 0 and gap(mine.grad, other.grad) < 1e-4 * size
+
+
+def test_lora_starts_as_pefts_does(model):
+    """B is 0. A is uniform and as wide as PEFT draws it, anew for every matrix, and by the seed."""
+    torch.manual_seed(0)
+    model.reset_scales("lora", seed=3)
+    first = [p.detach().clone() for p in model.scales()]
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["q_proj"]), torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 64)})
+    )
+    (wide,) = (p for name, p in theirs.named_parameters() if "lora_A" in name)
+    a = torch.stack(first[::2])
+    assert all((b == 0).all() for b in first[1::2]) and len(a.unique()) > 0.99 * a.numel()
+    for x in (a, wide):
+        assert 0.95 / 8 < x.abs().max() <= 1 / 8 and x.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.1)
+    for seed, same in ((3, True), (4, False)):
+        model.reset_scales("lora", seed)
+        assert torch.equal(torch.stack(model.scales()[::2]), a) == same
+
+
 @pytest.mark.parametrize("keep, offload", [(True, False), (False, False), (True, True)])
-@pytest.mark.parametrize("mode", ["head", "channel"])
+@pytest.mark.parametrize("mode", ["head", "channel", "lora"])
 def test_recomputed_gradients_equal_plain_autograds(mode, keep, offload, tmp_path, vocabulary, monkeypatch):
     """With biases, grouped queries, several uneven chunks, and whatever is kept or moved to save memory."""
     make_checkpoint(tmp_path, vocabulary, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
@@ -931,7 +1004,7 @@ def test_recomputed_gradients_equal_plain_autograds(mode, keep, offload, tmp_pat
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     for scale, reference in zip(model.scales(), plain):
         assert gap(scale.grad, reference) < 1e-5 * max(g.abs().max().item() for g in plain)
-    assert all(p.grad is None for name, p in model.named_parameters() if not name.endswith("scale"))
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_a_heads_gradient_is_the_sum_of_its_channels(model):
@@ -946,28 +1019,29 @@ def test_a_heads_gradient_is_the_sum_of_its_channels(model):
     )
 
 
-@pytest.mark.parametrize("mode", ["head", "channel"])
-def test_training_lowers_the_loss_and_moves_nothing_but_the_scales(mode, model, tokenizer):
+@pytest.mark.parametrize("mode, lr", [("head", 0.05), ("channel", 0.05), ("lora", 0.002)])
+def test_training_lowers_the_loss_and_moves_nothing_but_the_scales(mode, lr, model, tokenizer):
     pairs = [
         (tokenizer.prompt(s.prompt), tokenizer.answer(s.answer))
         for s in seal.make_samples("lines", tokenizer, model.config, 310, 4, "train")
     ]
     model.reset_scales(mode)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = seal.train(model, pairs, lr=0.05, epochs=4)
+    losses = seal.train(model, pairs, lr=lr, epochs=4)
     assert len(losses) == 16 and sum(losses[-4:]) < 0.98 * sum(losses[:4])
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {f"layers.{i}.self_attn.scale" for i in range(3)}
+    assert moved == {f"layers.{i}.self_attn.{name}" for i in range(3) for name in LEARNED[mode]}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_train_writes_scales_with_their_story_and_resumes_bit_for_bit(plain, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("mode", ["head", "lora"])
+def test_train_writes_scales_with_their_story_and_resumes_bit_for_bit(mode, plain, tmp_path, capsys, monkeypatch):
     """Interrupted in the second epoch, and of 16 steps only the missing ten are done again; another seed differs."""
     stop = 6
 
     def train(name, *more):
         flags = ("--extend", "ntk:2", "--length", 310, "--samples", 4, "--lr", 0.05, "--epochs", 4, *more)
-        return command(capsys, "train", "--ckpt", plain, "--out", tmp_path / name, *flags)[0]
+        return command(capsys, "train", "--mode", mode, "--ckpt", plain, "--out", tmp_path / name, *flags)[0]
 
     assert train("a.safetensors", "--json", tmp_path / "a.json") == 0
     calls, real = [], seal.answer_loss
@@ -992,7 +1066,7 @@ def test_train_writes_scales_with_their_story_and_resumes_bit_for_bit(plain, tmp
     report = json.loads((tmp_path / "a.json").read_text())
     assert float(about.pop("loss")) == report["losses"][-1] and len(report["losses"]) == 16 and len(prompts) == 4
     assert about == {
-        "format": "seal-1", "mode": "head", "heads": "4", "head_size": "16", "layers": "3", "extend": "ntk:2",
+        "format": "seal-1", "mode": mode, "heads": "4", "head_size": "16", "layers": "3", "extend": "ntk:2",
         "task": "lines", "length": "310", "samples": "4", "epochs": "4", "steps": "16", "lr": "0.05", "seed": "0",
         "checkpoint": plain.name, "template": "none",
     }
@@ -1003,9 +1077,10 @@ def test_the_papers_learning_rates():
     rates = {
         (task, mode, c.num_hidden_layers): seal.paper_lr(task, mode, c)
         for task in ("lines", "needle", "qa.jsonl")
-        for mode in ("head", "channel")
+        for mode in ("head", "channel", "lora")
         for c in (LLAMA_2, thirteen_b)
     }
+    assert {rate for (_, mode, _), rate in rates.items() if mode == "lora"} == {2e-4}
     assert rates["lines", "head", 32] == 1e-2 and rates["lines", "channel", 32] == 2e-2
     assert rates["lines", "head", 40] == rates["lines", "channel", 40] == 2e-2
     assert rates["needle", "head", 32] == 4e-2 and rates["needle", "channel", 32] == 5e-2
@@ -1273,8 +1348,13 @@ def clear_answer(model) -> tuple[list[int], list[int]]:
     raise AssertionError("every answer has a tie")
 
 
-@pytest.mark.parametrize("mode", ["none", "head", "channel"])
-@pytest.mark.parametrize("name", EXPORTED)
+WITH_LORA = ("plain", "ntk", "grouped queries", "biased", "odd heads")
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [*((n, mode) for n in EXPORTED for mode in ("none", "head", "channel")), *((n, "lora") for n in WITH_LORA)],
+)
 def test_llama_cpp_answers_as_seal_does(name, mode, vocabulary, tmp_path):
     changes, extension = EXPORTED[name]
     make_checkpoint(tmp_path / "llama", vocabulary, num_hidden_layers=2, **changes)
@@ -1294,11 +1374,12 @@ def test_llama_cpp_answers_as_seal_does(name, mode, vocabulary, tmp_path):
     assert found.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
 
 
-def test_metas_own_release_exports_to_the_same_tensors(vocabulary, tmp_path):
+@pytest.mark.parametrize("mode", ["channel", "lora"])
+def test_metas_own_release_exports_to_the_same_tensors(mode, vocabulary, tmp_path):
     make_checkpoint(tmp_path / "llama", vocabulary, num_key_value_heads=2, rms_norm_eps=1e-5, dtype=torch.float16)
     spell_as_meta(tmp_path / "llama", tmp_path / "meta")
     config, scales = seal.read_config(tmp_path / "llama"), tmp_path / "s.safetensors"
-    make_scales(config, "channel", scales)
+    make_scales(config, mode, scales)
     ours, theirs = (
         {t.name: t for t in convert(tmp_path / name, tmp_path / f"{name}.gguf", "--scales", scales).tensors}
         for name in ("llama", "meta")
@@ -1366,7 +1447,7 @@ def test_metadata_names_the_model_and_the_method(vocabulary, tmp_path, capsys):
     assert value(reader, "tokenizer.ggml.add_eos_token") is False
     assert "output.weight" not in {t.name for t in reader.tensors}
     said = capsys.readouterr().out
-    assert "SEAL-H folded into 3 o_proj weights; extension ntk:2" in said and f"llama-cli -m {out} -c 1024" in said
+    assert "SEAL-H folded into 3 layers; extension ntk:2" in said and f"llama-cli -m {out} -c 1024" in said
     (folder / "chat_template.jinja").write_text("{{ messages }}")  # where newer releases keep it
     assert value(convert(folder, out), "tokenizer.chat_template") == "{{ messages }}"
 
@@ -1459,8 +1540,9 @@ def test_shards_and_pickles_give_the_same_file(vocabulary, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
-def test_blocks_of_rows_change_nothing(plain, tmp_path, monkeypatch):
-    make_scales(seal.read_config(plain), "channel", tmp_path / "s.safetensors")
+@pytest.mark.parametrize("mode", ["channel", "lora"])
+def test_blocks_of_rows_change_nothing(mode, plain, tmp_path, monkeypatch):
+    make_scales(seal.read_config(plain), mode, tmp_path / "s.safetensors")
     for block, file in ((1 << 20, "whole"), (7 * 64, "blocks")):
         monkeypatch.setattr(export_gguf, "BLOCK", block)
         convert(plain, tmp_path / file, "--outtype", "q8_0", "--scales", tmp_path / "s.safetensors")
@@ -1667,6 +1749,14 @@ def weights(change, name="model/model.safetensors", metadata=None):
 
 def scales(change=lambda t: None, **metadata):
     return weights(change, "scales.safetensors", metadata)
+
+
+def lora(change=lambda t: None, metadata=None, **config):
+    """LoRA in place of the scales, made for the model with these changes to its config."""
+    def edit(w):
+        make_scales(seal.replace(seal.read_config(w / "model"), **config), "lora", w / "scales.safetensors")
+        scales(change, **(metadata or {}))(w)
+    return edit
 
 
 def header(change):
@@ -1920,6 +2010,17 @@ BAD = {
         "made for", SCALED),
     "scales NaN": (scales(lambda t: t["layers.1.scale"].fill_(float("nan"))), "finite float32", SCALED),
     "scales float16": (scales(lambda t: t.update({k: v.half() for k, v in t.items()})), "finite float32", SCALED),
+    "LoRA of a wider model": (lora(hidden_size=64), r"2 layers of \[4, 64\] .* 2 of \[4, 32\]", SCALED),
+    "LoRA of fewer key heads": (lora(num_key_value_heads=2), r"of \[16, 4\] .* of \[32, 4\]", SCALED),
+    "LoRA of more layers": (lora(num_hidden_layers=3), "3 layers", SCALED),
+    "LoRA of another rank": (lora(lambda t: t.update({k: v[:3] for k, v in t.items() if k.endswith("A")})),
+        r"of \[3, 32\] .* of \[4, 32\]", SCALED),
+    "LoRA lacks a matrix": (lora(lambda t: t.pop("layers.1.v_proj.lora_B")), "layers are missing", SCALED),
+    "LoRA and scales": (lora(lambda t: t.update({"layers.0.scale": torch.ones(4)})), "missing or unknown", SCALED),
+    "LoRA that says it is scales": (lora(metadata={"mode": "head"}), "missing or unknown", SCALED),
+    "scales that say they are LoRA": (scales(mode="lora"), "missing or unknown", SCALED),
+    "LoRA NaN": (lora(lambda t: t["layers.1.q_proj.lora_A"].fill_(float("nan"))), "finite float32", SCALED),
+    "LoRA of heads": (lora(), "SEAL-L has no numbers per head", [HEADS + " --scales scales.safetensors"]),
     "scales' extension unknown": (scales(extend="magic:4"), "magic:4: must be", SCALED),
     "scales were trained extended": (scales(extend="ntk:2"), "trained with ntk:2",
         [c + " --extend ntk:4" for c in SCALED]),
@@ -2480,7 +2581,29 @@ def test_harm_is_said(good, tmp_path, monkeypatch, capsys):
     assert status == 0 and not out and "warning  every prompt was trained on" in err
 
 
-@pytest.mark.parametrize("mode", ["head", "channel"])
+def test_lora_goes_all_the_ways_that_scales_go(good, tmp_path, monkeypatch, capsys):
+    """The commands, one after the other; and a state of scales is none to go on from with LoRA."""
+    w = tmp_path / "w"
+    shutil.copytree(good, w)
+    monkeypatch.chdir(w)
+    train = SMALL_TRAIN.format("scales.safetensors", 0.01) + " --mode lora --json t.json --plot t.png"
+    for line, words in [
+        (train, r"(?s)base .*SEAL-L "),
+        (EVAL + " --compare --plot e.png", r"(?s)base .*SEAL-L "),
+        (GENERATE, ""),
+        (FOLD, "SEAL-L folded into 2 layers"),
+        (EXPORT + " --check", "(?s)SEAL-L folded into 2 layers.* greedy tokens agree"),
+        ("bench --shape model --length 40 --steps 1 --mode lora --json b.json", "training step"),
+    ]:
+        program, status, out, err = invoke(capsys, line)
+        assert status == 0 and re.search(words, out), (line, out, err)
+
+    torch.save({"recipe": json.loads(Path("t.json").read_text()) | {"mode": "head"}}, "scales.safetensors.state")
+    program, status, out, err = invoke(capsys, train + " --resume")
+    assert (status, out) == (2, "") and "was made with mode head, not lora" in err, err
+
+
+@pytest.mark.parametrize("mode", ["head", "channel", "lora"])
 def test_same_seed_same_scales_and_bfloat16_agrees(mode, good, tmp_path, monkeypatch, capsys):
     """On a CPU a seed gives the same file to the last bit; in bfloat16 the same heads move in the same direction."""
     monkeypatch.chdir(good)
@@ -2491,7 +2614,14 @@ def test_same_seed_same_scales_and_bfloat16_agrees(mode, good, tmp_path, monkeyp
     assert train("a") and train("b") and train("c", "--seed", 1) and train("d", "--dtype", "bfloat16")
     a, b, c, d = (same(tmp_path / f"{name}.safetensors") for name in "abcd")
     assert a == b and len({str(x[1]) for x in (a, c, d)}) == 3
-    full, half = (torch.cat(seal.read_scales(tmp_path / f"{name}.safetensors")[0]) - 1 for name in "ad")
+    def moves(name):
+        learned = seal.read_scales(tmp_path / f"{name}.safetensors")[0]
+        return torch.cat([b.flatten() for b in learned[1::2]]) if mode == "lora" else torch.cat(learned) - 1
+
+    if mode == "lora":  # where A starts is the seed's, too: 8 steps at this rate move it by less
+        starts = [seal.read_scales(tmp_path / f"{name}.safetensors")[0][0] for name in "ac"]
+        assert gap(*starts) > 0.2
+    full, half = moves("a"), moves("d")
     assert torch.corrcoef(torch.stack([full, half]))[0, 1] > 0.9
 
 
