@@ -434,7 +434,7 @@ def run(args) -> None:
         note("folding in scales.safetensors, which is here; --scales none for the bare model")
         args.scales = "scales.safetensors"
     scales, about = (None, {}) if args.scales in (None, "none") else seal.read_scales(args.scales, config)
-    spec = seal.resolve_extension(args.extend, about)
+    spec = seal.resolve_extension(args.extend, about, in_file=True)
     config = seal.extend(config, spec)
     if config.sliding_window and config.sliding_window < config.max_position_embeddings:
         # llama.cpp's "llama" attends to everything; up to the window that is the same.

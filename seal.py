@@ -26,7 +26,7 @@ The map of this file, bottom-up: each part builds on those above it
 --------------------------------------------------------------------
   1. Errors and files      one-line messages, writes that are whole or absent
   2. Config                config.json, checked at the door
-  3. Rotary positions      plain, linear, YaRN, Llama-3; --extend ntk / linear / yarn
+  3. Rotary positions      plain, linear, YaRN, Llama-3; --extend ntk / linear / yarn / self
   4. Model                 RMSNorm, Attention (SEAL is one line of it), FeedForward, Block, Llama, generation
   5. Checkpoints           safetensors and .bin in, tensor by tensor; scales in and out; folding
   6. Text                  tokenizers and conversation templates
@@ -202,6 +202,7 @@ class Config:
     rms_norm_eps: float = 1e-6          # added under RMSNorm's root
     rope_theta: float = 10000.0         # b: base of the rotary frequencies
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})  # what stretches them, see part 3
+    self_extend: tuple[int, int] | None = None  # Self-Extend's group and window in tokens, see part 3
     sliding_window: int | None = None   # tokens a query may look back, if limited
     tie_word_embeddings: bool = False   # the output matrix is the embedding
     attention_bias: bool = False        # q, k, v and o carry biases
@@ -357,18 +358,26 @@ def extend(config: Config, spec: str) -> Config:
     NTK replaces the base b by b * S^(d / (d - 2)) (paper, section 6): the slowest pair is stretched by exactly S, so
     that S times the distance gives the angle it knows, the fastest pair, which tells neighbours apart, stays as it is,
     and those between are stretched by a power of S between 0 and 1. An extension is a change of config and nothing
-    more, so model, fold and export follow without being told.
+    more, so model, fold and export follow without being told. "self:G,W" is Self-Extend, see self_extended below.
     """
     if spec == "none":
         return config
+    d, own, context = config.head_dim, config.rope_scaling, config.max_position_embeddings
     kind, _, factor = spec.partition(":")
+    if kind == "self":
+        match = re.fullmatch(r"(\d{1,5}),(\d{1,8})", factor)
+        group, window = map(int, match.groups()) if match else (0, 0)
+        if not group or not 0 < window < context:
+            raise UserError(f"--extend {spec}: must be self:G,W: groups of G tokens, a window W below {context}")
+        longest = (context - window) * group + window
+        return replace(config, self_extend=(group, window), max_position_embeddings=longest)
     try:
         s = float(factor)
     except ValueError:
         s = 0.0
     if kind not in ("ntk", "linear", "yarn") or not 1 <= s <= 1e4:
-        raise UserError(f"--extend {spec}: must be none, ntk:S, linear:S or yarn:S with a factor S from 1 to 10000")
-    d, own, context = config.head_dim, config.rope_scaling, config.max_position_embeddings
+        raise UserError(f"--extend {spec}: must be none, ntk:S, linear:S or yarn:S with a factor S from 1 to 10000, or "
+                        "self:G,W")
     if kind == "ntk":
         rope = {"rope_theta": config.rope_theta * s ** (d / (d - 2))}
     elif kind == "linear" and own["rope_type"] in ("default", "linear"):
@@ -388,6 +397,38 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def self_extended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Config) -> Tensor:
+    """Attention by Self-Extend (Jin et al. 2024, arXiv 2401.01325): (B, H, T, d) from q, k and v, already rotated.
+
+    Keys less than `window` tokens back have their own positions. Farther ones share one by groups, floor(j / group),
+    and queries meet them from floor(i / group) + window - floor(window / group): no distance is new to the model. One
+    softmax runs over both. To the kernel it is attention of queries (q, q moved) to twice as many keys: each stands
+    there as a near one, (k, 0), and as a far one, (0, k moved), and the mask shows one of the two. That has 2 T S
+    entries, so memory grows with the square of the length; in training of one block at a time.
+    """
+    (group, window), (S, d) = config.self_extend, k.shape[2:]
+    frequencies = rope_frequencies(config)[0].to(k.device)
+    j = torch.arange(S, device=k.device)[None]                 # (1, S): a key's column is its position
+    i = j if mask is None else mask[:, 0].sum(-1) - 1          # (B or 1, T): a query at i sees i + 1 keys
+
+    def moved(x, to, at):
+        angles = (to - at)[:, None, :, None] * frequencies     # (B or 1, 1, T or S, d/2)
+        return rotate(x, (angles.cos().to(x.dtype), angles.sin().to(x.dtype)))
+
+    # CUDA's lean kernels take grouped heads or a mask, not both, and want v as wide as k.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    far_q, far_k = moved(q, i // group + window - window // group, i), moved(k, j // group, j)
+    q = torch.cat((q, far_q), -1) * 2**0.5                             # (B, H, T, 2d), soon divided by sqrt(2d)
+    k = torch.cat((F.pad(k, (0, d)), F.pad(far_k, (d, 0))), 2)         # (B, H, 2S, 2d)
+    v = F.pad(torch.cat((v, v), 2), (0, d))                            # (B, H, 2S, 2d)
+    parts = []
+    for q_part, i_part in zip(q.split(CHUNK, 2), i.split(CHUNK, 1)):
+        back = i_part[:, None, :, None] - j                            # (B or 1, 1, chunk, S)
+        shown = torch.cat(((back >= 0) & (back < window), back >= window), -1)
+        parts.append(F.scaled_dot_product_attention(q_part, k, v, shown)[..., :d])
+    return torch.cat(parts, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,17 +436,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 CHUNK = 1024  # tokens that go through a feed-forward at once
-RANK = 4      # of LoRA, the paper's
-LORA = [f"{p}_proj.lora_{m}" for p in "qkvo" for m in "AB"]  # what it learns in a layer
-
-
-def learned_shapes(mode: str, config: Config) -> dict[str, tuple[int, ...]]:
-    """What a layer learns in a mode ("head", "channel", "lora"), by name within its attention: the shapes."""
-    D, q, kv = config.hidden_size, config.channels(), config.num_key_value_heads * config.head_dim
-    if mode != "lora":
-        return {"scale": (config.num_attention_heads if mode == "head" else q,)}
-    sides = [(D, q), (D, kv), (D, kv), (q, D)]  # in and out of q, k, v and o
-    return dict(zip(LORA, (shape for i, out in sides for shape in ((RANK, i), (out, RANK)))))
 
 
 class RMSNorm(nn.Module):
@@ -446,7 +476,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         D, H, G, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.heads, self.head_dim = layer, H, d
+        self.config, self.layer, self.heads, self.head_dim = config, layer, H, d
         self.q_proj = Projection(D, H * d, bias=config.attention_bias)
         self.k_proj = Projection(D, G * d, bias=config.attention_bias)
         self.v_proj = Projection(D, G * d, bias=config.attention_bias)
@@ -463,7 +493,10 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)                                       # (B, G, S, d)
 
         # softmax(q_h k_h^T / sqrt(d)) v_h, with every key-value head serving H / G query heads.
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, d)
+        if self.config.self_extend:
+            y = self_extended(q, k, v, mask, self.config)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, d)
 
         # SEAL: y = concat_h( s_h * head_h ) W_o^T, the paper's section 4. Scales are float32, bf16 has only 8 bits: the
         # product is made in float32 and rounded once.
@@ -925,6 +958,19 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
     return model
 
 
+RANK = 4  # of LoRA, the paper's
+LORA = [f"{p}_proj.lora_{m}" for p in "qkvo" for m in "AB"]  # what it learns in a layer
+
+
+def learned_shapes(mode: str, config: Config) -> dict[str, tuple[int, ...]]:
+    """What a layer learns in a mode ("head", "channel", "lora"), by name within its attention: the shapes."""
+    D, q, kv = config.hidden_size, config.channels(), config.num_key_value_heads * config.head_dim
+    if mode != "lora":
+        return {"scale": (config.num_attention_heads if mode == "head" else q,)}
+    sides = [(D, q), (D, kv), (D, kv), (q, D)]  # in and out of q, k, v and o
+    return dict(zip(LORA, (shape for i, out in sides for shape in ((RANK, i), (out, RANK)))))
+
+
 def mode_of(scales: list[Tensor], config: Config) -> str:
     if scales[0].dim() == 2:
         return "lora"
@@ -941,7 +987,8 @@ def save_scales(path, scales: list[Tensor], config: Config, **facts) -> None:
     They are `layers.{i}.scale`, (H,) or (H * d,), and of LoRA `layers.{i}.q_proj.lora_A`, (r, in), and
     `layers.{i}.q_proj.lora_B`, (out, r), the same for k, v and o: B @ A is to be added to the weight, without a factor.
     """
-    mode, layers = mode_of(scales, config), config.num_hidden_layers
+    mode = mode_of(scales, config)
+    layers = len(scales) // len(names_in_file(mode, 1))
     about = {"format": "seal-1", "mode": mode, "heads": config.num_attention_heads, "head_size": config.head_dim,
              "layers": layers} | facts
     values = (s.detach().float().cpu().clone() for s in scales)
@@ -2163,12 +2210,21 @@ def open_checkpoint(args) -> tuple[Llama, Tokenizer, dict]:
     return model, tokenizer, about
 
 
-def resolve_extension(asked: str | None, about: dict) -> str:
-    """Scales remember the extension they were trained with; asking for another one is a mistake."""
+def resolve_extension(asked: str | None, about: dict, in_file: bool = False) -> str:
+    """Scales remember the extension they were trained with; asking for another one is a mistake.
+
+    in_file: the one that goes into a checkpoint to be written. Self-Extend cannot, but can be left out.
+    """
     trained = about.get("extend")
-    if asked and trained and asked != trained:
+    spec = asked or trained or "none"
+    if in_file and spec.startswith("self:"):
+        G, _, W = spec[5:].partition(",")
+        raise UserError(f"--extend {spec}: Self-Extend is an attention of its own, which a file cannot ask for; give "
+                        f"--extend none, and run llama.cpp with --grp-attn-n {G} --grp-attn-w {W}")
+    left_out = in_file and spec == "none" and str(trained).startswith("self:")
+    if asked and trained and asked != trained and not left_out:
         raise UserError(f"--extend {asked}: the scales were trained with {trained}; leave the flag out, or train again")
-    return asked or trained or "none"
+    return spec
 
 
 def default_length(config: Config) -> int:
@@ -2569,7 +2625,7 @@ def command_fold(args) -> None:
     source = Path(args.ckpt)
     config = read_config(source)
     scales, about = read_scales(args.scales, config)
-    spec = resolve_extension(args.extend, about)
+    spec = resolve_extension(args.extend, about, in_file=True)
     weights = open_weights(source)
     shards, sizes, index = [[]], [0], {}
     for _, name, tensor in weights.fitting(config):  # plan: shards of 2 GB, so only so much is in memory at once
@@ -2660,7 +2716,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group = lambda: Parser(add_help=False, allow_abbrev=False)
     ckpt, rope, text, device, task, result = (group() for _ in range(6))
     ckpt.add_argument("--ckpt", metavar="DIR", default=TOY, help="checkpoint folder (default: the bundled toy)")
-    rope.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: the scales' own)")
+    rope.add_argument("--extend", metavar="KIND:S",
+                      help="none, ntk:4, linear:4, yarn:4, self:6,1024 (default: the scales' own)")
     text.add_argument("--template", default="auto", help=f"conversation template: auto, {', '.join(TEMPLATES)}")
     device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     device.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's own, float32 on a CPU")

@@ -356,6 +356,26 @@ def test_cached_generation_of_unequal_prompts_equals_uncached_and_transformers(r
         assert answer == theirs[0, len(prompt) :].tolist()
 
 
+def test_self_extend_reads_pieces_and_unequal_prompts_as_it_reads_all_at_once(plain, monkeypatch):
+    """Through the cache, and in chunks of queries, as without either; groups of one are plain attention."""
+    model, tokens = load(plain, "self:3,10"), some_tokens(2, 60)
+    assert model.config.max_position_embeddings == (512 - 10) * 3 + 10
+    expected, base = logits(model, tokens), logits(load(plain), tokens)
+    assert gap(expected[:, :10], base[:, :10]) < 1e-4 and gap(expected[:, 10:], base[:, 10:]) > 1
+    assert gap(logits(load(plain, "self:1,10"), tokens), base) < 1e-4
+    monkeypatch.setattr(seal, "CHUNK", 8)
+    cache, parts = seal.Cache(model, 2, 60), []
+    with torch.no_grad():
+        for piece in tokens.split([7, 30, 1, 1, 21], dim=1):
+            parts.append(model.logits(model(piece, cache)))
+    assert gap(torch.cat(parts, dim=1), expected) < 1e-4
+
+    prompts = [tokens[0, :41].tolist(), tokens[1, :13].tolist()]
+    for prompt, answer in zip(prompts, seal.generate(model, prompts, 15)):
+        found = logits(model, torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        assert found.argmax(-1).tolist() == answer
+
+
 def test_a_cache_is_used_whether_gradients_are_on_or_not(model):
     tokens = some_tokens(1, 20)
     with torch.enable_grad():
@@ -867,19 +887,23 @@ def test_judges(expected, answer, text, score):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def slow_loss(model: seal.Llama, tokens: list[int], scales: list[torch.Tensor], count: int) -> torch.Tensor:
-    """The loss on the last `count` tokens, in float64 and by the book: a head, a position, a softmax at a time."""
+def slow_loss(model: seal.Llama, tokens: list[int], scales: list[torch.Tensor], count: int, group=1, window=1):
+    """The loss on the last `count` tokens, in float64 and by the book: a head, a position, a softmax at a time.
+
+    By Self-Extend's book, a key by itself, too: beyond the window it stands at its group's position.
+    """
     c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
     H, G, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
     def norm(x, weight):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
 
-    def turn(x):  # (T, d): channels i and i + d/2 are a complex number, turned by position * base^(-2i/d)
+    def turn(x, positions):  # (T, d): channels i and i + d/2 are a complex number, turned by position * base^(-2i/d)
         pairs = torch.complex(x[:, : d // 2], x[:, d // 2 :])
         angles = torch.tensor(
-            [[t * c.rope_theta ** (-2 * i / d) for i in range(d // 2)] for t in range(len(x))], dtype=torch.float64
-        )
+            [[t / c.rope_scaling.get("factor", 1) * c.rope_theta ** (-2 * i / d) for i in range(d // 2)]
+             for t in positions], dtype=torch.float64
+        ).view(-1, d // 2)
         pairs = pairs * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((pairs.real, pairs.imag), dim=1)
 
@@ -888,11 +912,17 @@ def slow_loss(model: seal.Llama, tokens: list[int], scales: list[torch.Tensor], 
         w = {name.removeprefix(f"layers.{i}."): p for name, p in weights.items() if name.startswith(f"layers.{i}.")}
         y, heads = norm(x, w["input_layernorm.weight"]), []
         for h in range(H):
-            group = h // (H // G)
-            q = turn(y @ w["self_attn.q_proj.weight"][h * d : (h + 1) * d].T)
-            k = turn(y @ w["self_attn.k_proj.weight"][group * d : (group + 1) * d].T)
-            v = y @ w["self_attn.v_proj.weight"][group * d : (group + 1) * d].T
-            rows = [torch.softmax(k[: t + 1] @ q[t] / d**0.5, 0) @ v[: t + 1] for t in range(len(x))]
+            g = h // (H // G)
+            q = y @ w["self_attn.q_proj.weight"][h * d : (h + 1) * d].T
+            k = y @ w["self_attn.k_proj.weight"][g * d : (g + 1) * d].T
+            v = y @ w["self_attn.v_proj.weight"][g * d : (g + 1) * d].T
+            rows = []
+            for t in range(len(x)):
+                far = max(0, t - window + 1) if group > 1 else 0  # so many keys are as far as the window, or farther
+                near_scores = turn(k[far : t + 1], range(far, t + 1)) @ turn(q[t : t + 1], [t])[0]
+                at = t // group + window - window // group
+                far_scores = turn(k[:far], [j // group for j in range(far)]) @ turn(q[t : t + 1], [at])[0]
+                rows.append(torch.softmax(torch.cat((far_scores, near_scores)) / d**0.5, 0) @ v[: t + 1])
             s = scales[i][h] if len(scales[i]) == H else scales[i][h * d : (h + 1) * d]
             heads.append(s * torch.stack(rows))
         x = x + torch.cat(heads, 1) @ w["self_attn.o_proj.weight"].T
@@ -940,6 +970,33 @@ def test_loss_and_gradients_equal_the_slow_reference_and_finite_differences(mode
             assert (at[0] - at[1]).item() / 2e-5 == pytest.approx(
                 model.scales()[layer].grad[i].item(), rel=1e-3, abs=1e-5 * size.item()
             )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_self_extend_equals_the_slow_reference(seed, tmp_path, vocabulary, monkeypatch):
+    """Loss and gradients, recomputed and in uneven chunks of queries, for drawn groups, windows, heads and ropes."""
+    rng = random.Random(seed)
+    group, window, rope = rng.randint(2, 6), rng.randint(1, 14), {"rope_theta": 100.0, "rope_type": "default"}
+    rope |= {"rope_type": "linear", "factor": 2.5} if seed % 2 else {}
+    make_checkpoint(
+        tmp_path, vocabulary, seed, num_hidden_layers=2, head_dim=rng.choice([6, 16]), rope_parameters=rope,
+        num_key_value_heads=rng.choice([1, 2, 4]),
+    )
+    model, prompt, answer = load(tmp_path, f"self:{group},{window}"), some_tokens(28).tolist(), [7, 8, 9]
+    monkeypatch.setattr(seal, "CHUNK", 9)
+    model.keep_attention = seed % 3 > 0
+    model.set_scales(make_scales(model.config, "head"))
+    loss, _ = seal.answer_loss(model, prompt, answer)
+    loss.backward()
+    scales = [s.detach().double().requires_grad_() for s in model.scales()]
+    slow = slow_loss(model, prompt + answer, scales, 3, group, window)
+    assert abs(loss.item() - slow.item()) < 1e-5 * slow.item()
+    for g, w in ((1, 1), (group + 1, window), (group, window + 1)):
+        assert abs(slow_loss(model, prompt + answer, scales, 3, g, w).item() - slow.item()) > 1e-3
+    slow.backward()
+    size = max(s.grad.abs().max() for s in scales)
+    for ours, reference in zip(model.scales(), scales):
+        assert gap(ours.grad, reference.grad) < 1e-4 * size
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # PEFT asks transformers for it by its old name
@@ -2191,6 +2248,13 @@ BAD = {
     "extension unknown": (None, "--extend dynamic:2: (must be|the scales)",
         [TRAIN + " --extend dynamic:2", FOLD + " --extend dynamic:2"]),
     "extension below 1": (None, "factor S from 1", [TRAIN + " --extend ntk:0.5"]),
+    "Self-Extend by half": (None, "must be self:G,W", [TRAIN + f" --extend self:{x}" for x in (
+        "", "4", "4,", "0,32", "4,0", "4,512", "-4,32", "4,32,1", "4.5,32", "1e3,32", "9999999,32")]),
+    "Self-Extend in a file": (scales(extend="self:4,32"), "--extend none, .* --grp-attn-n 4 --grp-attn-w 32",
+        [FOLD, EXPORT]),
+    "Self-Extend in a bare file": (None, "--grp-attn-n 4 --grp-attn-w 32",
+        ["export --ckpt model --scales none --extend self:4,32 --outfile new.gguf"]),
+    "Self-Extend left out": (scales(extend="self:4,32"), "trained with self:4,32", [EVAL + " --extend none"]),
     "extension NaN": (None, "factor S from 1", [TRAIN + " --extend ntk:nan"]),
     "extension on an extension": (rope(rope_type="linear", factor=2.0), "rope type linear",
         [TRAIN + " --extend yarn:2"]),
@@ -2692,6 +2756,19 @@ def test_harm_is_said(good, tmp_path, monkeypatch, capsys):
         assert ("warning  these scales make the loss worse" in err) == said == worse, (lr, out, err)
     status, out, err = command(capsys, *SMALL_TRAIN.format(tmp_path / "x", 0.01).split(), "--samples", 14)
     assert status == 0 and not out and "warning  every prompt was trained on" in err
+
+
+def test_self_extend_is_remembered_by_the_scales_and_left_out_of_files_if_asked(good, tmp_path, monkeypatch, capsys):
+    w = tmp_path / "w"
+    shutil.copytree(good, w)
+    monkeypatch.chdir(w)
+    train = SMALL_TRAIN.format("scales.safetensors", 0.01) + " --extend self:3,200"
+    for line in (train, EVAL.replace("300", "1000"), FOLD + " --extend none", EXPORT + " --extend none --check"):
+        program, status, out, err = invoke(capsys, line)
+        assert status == 0, (line, out, err)
+        if "none" not in line:
+            assert "context  1,136 tokens, extension self:3,200" in err  # (512 - 200) * 3 + 200
+    assert seal.read_config("new").max_position_embeddings == 512 and " greedy tokens agree" in out
 
 
 def test_lora_goes_all_the_ways_that_scales_go(good, tmp_path, monkeypatch, capsys):
