@@ -47,9 +47,9 @@ Three commands to start with
 
 The last one is the other file of this project: it folds the scales in and writes what llama.cpp reads.
 
-Shapes are written with the same letters everywhere: B prompts in a batch, T tokens, S tokens in the cache, D width
-of the residual stream (hidden_size), H query heads, G key-value heads, d channels per head (head_dim), L layers,
-V vocabulary.
+Shapes are written with the same letters everywhere: B prompts in a batch, T tokens, Q of them that ask (in the last
+block only those whose answer is needed, else all T), S tokens in the cache, D width of the residual stream
+(hidden_size), H query heads, G key-value heads, d channels per head (head_dim), L layers, V vocabulary.
 """
 
 import argparse
@@ -392,9 +392,14 @@ def extend(config: Config, spec: str) -> Config:
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn channel pairs (i, i + d/2) of x (B, heads, T, d) by angles, given as cos and sin (B or 1, 1, T, d/2)."""
-    cos, sin = rope
+    cos, sin = (part[:, :, -x.shape[2] :] for part in rope)  # queries may be of the last tokens only
     a, b = x.chunk(2, dim=-1)  # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def causal_mask(positions: Tensor, S: int) -> Tensor:
+    """Which of S keys a token may look at, those not behind it: positions (B or 1, Q) -> (B or 1, 1, Q, S)."""
+    return (torch.arange(S, device=positions.device) <= positions[..., None])[:, None]
 
 
 def self_extended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Config) -> Tensor:
@@ -484,9 +489,10 @@ class Attention(nn.Module):
         self.scale = nn.Parameter(torch.ones(H))  # (H,) for SEAL-H; set_scales puts (H * d,) here for SEAL-C
 
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). mask (B, 1, T, S): who may look at whom; None means causal."""
+        """x (B, T, D) -> (B, Q, D). mask (B, 1, Q, S): who of the last Q may look at whom; None: all T, causally."""
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), rope)  # (B, H, T, d)
+        Q = T if mask is None else mask.shape[2]
+        q = rotate(self.q_proj(x[:, -Q:]).view(B, Q, -1, self.head_dim).transpose(1, 2), rope)  # (B, H, Q, d)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), rope)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                # (B, G, T, d)
         if cache is not None:
@@ -496,12 +502,12 @@ class Attention(nn.Module):
         if self.config.self_extend:
             y = self_extended(q, k, v, mask, self.config)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, d)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, Q, d)
 
         # SEAL: y = concat_h( s_h * head_h ) W_o^T, the paper's section 4. Scales are float32, bf16 has only 8 bits: the
         # product is made in float32 and rounded once.
-        y = y.transpose(1, 2) * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
-        return self.o_proj(y.to(x.dtype).reshape(B, T, -1))      # (B, T, H * d) -> (B, T, D)
+        y = y.transpose(1, 2) * self.scale.view(self.heads, -1)  # (B, Q, H, d) * (H, 1) or (H, d)
+        return self.o_proj(y.to(x.dtype).reshape(B, Q, -1))      # (B, Q, H * d) -> (B, Q, D)
 
     def learned(self) -> list[nn.Parameter]:
         """What trains while the weights are frozen: the scale, or LoRA's matrices, as learned_shapes orders them."""
@@ -539,14 +545,15 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def attend(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
-        return x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        y = self.self_attn(self.input_layernorm(x), rope, mask, cache)  # (B, Q, D)
+        return x[:, -y.shape[1] :] + y
 
     def feed(self, x: Tensor) -> Tensor:
         parts = x.split(CHUNK, dim=1)
         return torch.cat([part + self.mlp(self.post_attention_layernorm(part)) for part in parts], dim=1)
 
     def forward(self, x: Tensor, rope, mask=None, cache=None) -> Tensor:
-        x = self.attend(x, rope, mask, cache)  # (B, T, D): here tokens look at each other
+        x = self.attend(x, rope, mask, cache)  # (B, Q, D): here tokens look at each other
         return self.feed(x)                    # here each is on its own
 
 
@@ -559,7 +566,8 @@ class Llama(nn.Module):
         self.frozen = False   # all but the scales, see set_scales
         self.offload = False  # while training, keep the blocks' inputs in host memory
         self.keep_attention = True  # while training, keep the attention's outputs
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        rows = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding(V, D) would fill them at random, for
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)  # which "meta" imports for a second
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -567,8 +575,11 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.frequencies, self.magnitude = rope_frequencies(config)  # (d/2,) radians per token
 
-    def forward(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """tokens (B, T) -> the residual stream after the last block (B, T, D), for logits() to take what is needed."""
+    def forward(self, tokens: Tensor, cache: "Cache | None" = None, last: int = 0) -> Tensor:
+        """tokens (B, T) -> the residual stream after the last block (B, T, D), for logits() to take what is needed.
+
+        If that is the `last` few positions of each row, say so: the last block then works for them alone (B, last, D).
+        """
         T, config = tokens.shape[1], self.config
         S = T if cache is None else cache.width + T
         if config.sliding_window and S > config.sliding_window:
@@ -578,19 +589,21 @@ class Llama(nn.Module):
         if cache is not None:
             positions = cache.next_positions(T)                  # (B, T)
             if cache.width:                                      # rows may differ in length: look only at what is there
-                mask = (torch.arange(S, device=tokens.device) <= positions[..., None])[:, None]  # (B, 1, T, S)
+                mask = causal_mask(positions, S)                 # (B, 1, T, S)
         x = self.embed_tokens(tokens)                            # (B, T, D)
         angles = positions[:, None, :, None] * self.frequencies.to(x.device)  # (B or 1, 1, T, d/2)
         rope = ((angles.cos() * self.magnitude).to(x.dtype), (angles.sin() * self.magnitude).to(x.dtype))
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             for layer in self.layers:
+                if layer is self.layers[-1] and 0 < last <= CHUNK:  # of the other tokens, only keys and values matter
+                    mask = causal_mask(positions[:, -last:], S)     # (B, 1, Q, S)
                 if self.frozen and torch.is_grad_enabled() and cache is None:
-                    x = Recompute.apply(x, layer, rope, self.keep_attention, *layer.self_attn.learned())
+                    x = Recompute.apply(x, layer, rope, mask, self.keep_attention, *layer.self_attn.learned())
                 else:
                     x = layer(x, rope, mask, cache)
         if cache is not None:
             cache.advance(T)
-        return x
+        return x[:, -last:]
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream (..., D) -> logits (..., V), float32.
@@ -675,7 +688,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop: 
     width, max_new_tokens = int(lengths.max()), min(max_new_tokens, model.config.max_position_embeddings)
     tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (B, T), padded on the right
     cache = Cache(model, len(prompts), width + max_new_tokens)
-    last = model(tokens, cache)[cache.rows[:, 0], lengths - 1]  # (B, D): the last real token of each row
+    ends = width - int(lengths.min()) + 1  # so many columns hold every row's last real token
+    last = model(tokens, cache, ends)[cache.rows[:, 0], lengths - 1 - width]  # (B, D): that token, counted from behind
     cache.lengths = lengths  # without the padding
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
     for step in range(max_new_tokens):
@@ -710,25 +724,25 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, block: Block, rope, keep: bool, *learned: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, block: Block, rope, mask, keep: bool, *learned: Tensor) -> Tensor:
         first = ctx.again = nullcontext()
         if keep:
             first, ctx.again = create_selective_checkpoint_contexts(attention_policy)
-        ctx.block, ctx.rope = block, rope
+        ctx.block, ctx.rope, ctx.mask = block, rope, mask
         ctx.save_for_backward(x)
         with gathered(block):
             with torch.enable_grad(), first:  # the attention kernel, and what it returns, depend on this being on
-                middle = block.attend(x.detach().requires_grad_(), rope).detach()
+                middle = block.attend(x.detach().requires_grad_(), rope, mask).detach()
             return block.feed(middle)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        """grad (B, T, D) of the block's output."""
+        """grad (B, Q, D) of the block's output."""
         (x,), block = ctx.saved_tensors, ctx.block
         with torch.enable_grad(), gathered(block):
             with ctx.again:
                 x = x.detach().requires_grad_()
-                middle = block.attend(x, ctx.rope)  # (B, T, D)
+                middle = block.attend(x, ctx.rope, ctx.mask)  # (B, Q, D)
             parts = []
             for part, grad_part in zip(middle.detach().split(CHUNK, dim=1), grad.split(CHUNK, dim=1)):
                 inside = block.mlp.inside(block.post_attention_layernorm(part.requires_grad_()))
@@ -736,7 +750,7 @@ class Recompute(torch.autograd.Function):
                 parts.append(grad_part + torch.autograd.grad(inside, part, grad_inside)[0])
             inputs = block.self_attn.learned() + [x] * ctx.needs_input_grad[0]  # nothing trains below the first block
             grads = list(torch.autograd.grad(middle, inputs, torch.cat(parts, dim=1)))
-        return grads.pop() if ctx.needs_input_grad[0] else None, None, None, None, *grads
+        return grads.pop() if ctx.needs_input_grad[0] else None, None, None, None, None, *grads
 
 
 @contextmanager
@@ -1482,8 +1496,8 @@ def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> tuple[Ten
     tokens would drown the thirty that matter. The token at position t is predicted from position t - 1.
     """
     device = model.embed_tokens.weight.device
-    hidden = model(torch.tensor([prompt + answer[:-1]], device=device))  # (1, T, D)
-    logits = model.logits(hidden[0, len(prompt) - 1 :])                  # (answer tokens, V)
+    hidden = model(torch.tensor([prompt + answer[:-1]], device=device), last=len(answer))  # (1, answer tokens, D)
+    logits = model.logits(hidden[0])                                                       # (answer tokens, V)
     target = torch.tensor(answer, device=device)
     return F.cross_entropy(logits, target), bool((logits.argmax(-1) == target).all())
 
@@ -2100,7 +2114,8 @@ class ToyData:
         }[stage]
         kind = rng.random()
         if kind < pairs:
-            count, level = (rng.randint(4, 24), rng.choice((0, 1, 2, 2))) if stage == "few_lines" else (rng.randint(4, 40), 0)
+            few = stage == "few_lines"
+            count, level = rng.randint(4, 24 if few else 40), rng.choice((0, 1, 2, 2)) if few else 0
             return lambda: self.pairs(rng, count, level)
         if kind < pairs + needles:
             sentences, count = rng.randint(0, sentences), rng.randint(1, 3)
@@ -2505,18 +2520,21 @@ def show_direct(args, model: Llama, tokenizer: Tokenizer, learned: list[Tensor] 
         plot_direct(args.plot, *effects, right, wrong)
 
 
-def useful_flop(config: Config, T: int) -> tuple[float, float]:
-    """Floating-point operations of a forward pass, and of a training step, over T tokens; recomputation not counted.
+def useful_flop(config: Config, T: int) -> tuple[float, float, float]:
+    """Floating-point operations over T tokens: a forward pass, a training step, and attention's share of the step.
 
     A weight matrix costs 2 per parameter and token. Causal attention has T^2 / 2 pairs, and q . k and p v cost 2 d each
     per pair and head: 2 T^2 H d per layer. Going back, frozen weights cost only the gradient of their input (as much
-    as forward), attention four such products for its two. Logits are for a few positions and not counted, nor are
-    LoRA's thin matrices.
+    as forward), attention four such products for its two. Not counted: recomputation; what is done for a few positions
+    only (logits, and of the last block all but keys and values); going back, what lies below the first scale; LoRA's
+    thin matrices.
     """
     D, H, G, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    matrices = 2 * T * (2 * D * H * d + 2 * D * G * d + 3 * D * config.intermediate_size) * config.num_hidden_layers
-    attention = 2 * T**2 * H * d * config.num_hidden_layers
-    return matrices + attention, 2 * matrices + 3 * attention
+    queries, keys, attention = 2 * T * D * H * d, 4 * T * D * G * d, 2 * T**2 * H * d  # keys: and values
+    after, L = 2 * T * (D * H * d + 3 * D * config.intermediate_size), config.num_hidden_layers  # o_proj, feed-forward
+    forward = (L - 1) * (queries + keys + attention + after) + keys
+    back = (L - 2) * (queries + keys + 2 * attention + after) + keys + after
+    return forward, forward + back, attention * (3 * L - 5) / (forward + back)
 
 
 def clock(device: torch.device) -> float:
@@ -2550,7 +2568,7 @@ def command_bench(args) -> None:
     note(f"memory   {plan_memory(model, T, args.offload)}")
     ids = torch.randint(config.vocab_size, (T,), generator=torch.Generator().manual_seed(args.seed)).tolist()
     prompt, answer = ids[:-30], ids[-30:]
-    forward, step = useful_flop(config, T)
+    forward, step, share = useful_flop(config, T)
     speed = matmul_speed(device, dtype)
     seconds = {}
 
@@ -2569,7 +2587,7 @@ def command_bench(args) -> None:
     with torch.no_grad():
         for _ in range(2):
             cache = Cache(model, 1, T + 32)
-            x = timed("prefill", lambda: model.logits(model(torch.tensor([ids], device=device), cache)[:, -1]))
+            x = timed("prefill", lambda: model.logits(model(torch.tensor([ids], device=device), cache, 1)[:, -1]))
             for _ in tqdm(range(32), desc="decoding", unit="token"):
                 x = timed("decode", lambda: model.logits(model(x.argmax(-1)[:, None], cache)[:, -1]))
     median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
@@ -2577,7 +2595,7 @@ def command_bench(args) -> None:
         "shape": args.shape, "length": T, "mode": args.mode, "offload": args.offload, "dtype": str(dtype)[6:],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "seconds": median, "peak_memory": memory, "matmul_flops": speed,
+        "seconds": median, "peak_memory": memory, "matmul_flops": speed, "attention_share": share,
         "utilisation": {"train": step / median["train"] / speed, "prefill": forward / median["prefill"] / speed},
     }
     rows = [
@@ -2586,6 +2604,7 @@ def command_bench(args) -> None:
     ] + [["decode a token", f"{median['decode']:.4f}", f"{1 / median['decode']:,.0f}", ""]]
     print(table([f"{args.shape}, {T:,} tokens", "seconds", "tokens/s", "of matmul speed"], rows))
     print(f"peak memory in training {memory}; matrix products reach {speed / 1e12:.2f} TFLOP/s here")
+    print(f"attention is {share:.0%} of the work of a training step")
     if args.json:
         write_json(args.json, report)
 

@@ -385,6 +385,27 @@ def test_a_cache_is_used_whether_gradients_are_on_or_not(model):
     assert gap(last, logits(model, tokens)[:, 15:]) < 1e-4
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("last", [1, 3, 7, 13, 19, 20])
+def test_the_last_positions_alone_are_what_they_are_among_all(last, cached, tmp_path, vocabulary, monkeypatch):
+    """Also when they are more than a chunk, or read on a cache; and the last block works for no others."""
+    make_checkpoint(tmp_path, vocabulary, num_key_value_heads=2, attention_bias=True)
+    model, tokens, seen = load(tmp_path), some_tokens(3, 30), []
+    monkeypatch.setattr(seal, "CHUNK", 16)
+    model.layers[-1].self_attn.o_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        cache = seal.Cache(model, 3, 30) if cached else None
+        if cached:
+            model(tokens[:, :10], cache, last)
+            tokens = tokens[:, 10:]
+        alone = model(tokens, cache, last)
+        if cached:
+            cache.lengths, cache.width = cache.lengths - 20, 10  # read them again
+        assert gap(alone, model(tokens, cache)[:, -last:]) < 1e-5
+    everyone = tokens.shape[1]
+    assert seen[-2:] == [last if last <= 16 else everyone, everyone]
+
+
 def test_generation_ends_before_the_first_stop_token_of_each_row(model):
     prompts = [some_tokens(n, seed=n).tolist() for n in (5, 9)]
     free = seal.generate(model, prompts, 10)
@@ -1045,14 +1066,18 @@ def test_lora_starts_as_pefts_does(model):
 
 
 @pytest.mark.parametrize("keep, offload", [(True, False), (False, False), (True, True)])
-@pytest.mark.parametrize("mode", ["head", "channel", "lora"])
-def test_recomputed_gradients_equal_plain_autograds(mode, keep, offload, tmp_path, vocabulary, monkeypatch):
-    """With biases, grouped queries, several uneven chunks, and whatever is kept or moved to save memory."""
+@pytest.mark.parametrize("mode, count", [("head", 5), ("channel", 5), ("lora", 5), ("channel", 15)])
+def test_recomputed_gradients_equal_plain_autograds(mode, count, keep, offload, tmp_path, vocabulary, monkeypatch):
+    """With biases, grouped queries, several uneven chunks, and whatever is kept or moved to save memory.
+
+    The reference lets every block work for all positions; an answer longer than a chunk does so, too.
+    """
     make_checkpoint(tmp_path, vocabulary, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
-    model, pair = load(tmp_path), (some_tokens(40).tolist(), some_tokens(5, seed=1).tolist())
+    model, pair = load(tmp_path), (some_tokens(40).tolist(), some_tokens(count, seed=1).tolist())
     model.set_scales(make_scales(model.config, mode))
     model.frozen = False  # every block an ordinary part of the graph
-    loss, _ = seal.answer_loss(model, *pair)
+    every = model.logits(model(torch.tensor([pair[0] + pair[1][:-1]])))[0, -count:]
+    loss = torch.nn.functional.cross_entropy(every, torch.tensor(pair[1]))
     plain = torch.autograd.grad(loss, model.scales())
     model.frozen, model.keep_attention, model.offload = True, keep, offload
     monkeypatch.setattr(seal, "CHUNK", 12)
