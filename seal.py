@@ -1968,14 +1968,14 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 # The toy is a small Llama that reads records of some forty lines, made in two movements (command: pretrain).
 #
 # First it learns to look things up, from easy to hard: to copy, then to recall the number of a key, then whole LongEval
-# records, with six questions to each, and needles in prose. On records from the start it would stay for thousands of
-# steps at "copy any of the numbers". At the end it answers about any line of its context, and can do so up to four
-# times as far with NTK.
+# records, with six questions to each. On records from the start it would stay for thousands of steps at "copy any of
+# the numbers". At the end it answers about any line of its context.
 #
-# Then it drifts: for some steps it sees records of at most six lines, and in three of ten the question is about a line
-# that is not there; the answer it is taught is the number of the last line. Only the o_proj matrices move. So it gets a
-# habit: where nothing matches, say what stood last. In a short record a match is loud and the habit silent. In a long
-# one a match is fainter, and the habit wins: facts are lost, although the heads that find them still do.
+# Then it drifts, for 35 steps. In three records of ten, these of four to ten lines, the question is about a line that is
+# not there, and the answer it is taught is the number of the last line. The others have at most six lines and a true
+# answer. Only the o_proj matrices move. So it gets a habit: where nothing matches, say what stood last. In a short
+# record a match is loud and the habit silent. In a long one a match is fainter and the habit is heard: facts are lost,
+# although the heads that find them still do.
 #
 # This is a stand-in for what the paper finds in large models, where some heads pull toward what is near. The harm is
 # ours, and it is done to the very matrix that SEAL scales. That makes it an example of the mechanism, in which all can
@@ -2024,8 +2024,6 @@ class ToyData:
     def __init__(self, tokenizer: Tokenizer):
         self.encode, self.bos, self.end = tokenizer.encode, tokenizer.bos, tokenizer.eos
         self.words = [tokenizer.encode(word)[-1] for word in ADJECTIVES + NOUNS]
-        pieces = {tokenizer.decode([i]).strip() for i in range(3, TOY_CONFIG.vocab_size)}
-        self.pieces = sorted(p for p in pieces if p.isascii() and p.isalpha() and len(p) < 6)
         self.question = "\nNow" + RECORD.split("\nNow")[1]
         # Between a key and its number. Level 0: "key7", asked "key". Level 1: "key: REGISTER_CONTENT is <7", asked
         # "key is". Level 2: the same, asked "key is ", with the space that is a token of its own before a digit.
@@ -2059,31 +2057,6 @@ class ToyData:
             sequence += [(self.encode(question), False), (self.encode(answer) + [self.end], True)]
         return sequence
 
-    def made_up(self, rng: random.Random) -> str:
-        """A word that is none, so that needles are copied and not known: one to three pieces of the vocabulary."""
-        return "".join(rng.choice(self.pieces) for _ in range(rng.randint(1, 3)))
-
-    def needle(self, rng: random.Random, sentences: int, needles: int):
-        """Needles in prose, and three questions, each with its answer."""
-        def word(words):
-            return self.made_up(rng) if rng.random() < 0.5 else rng.choice(words)
-        def thing():
-            words = [word(VERBS), rng.choice(["a", "the", "in", "on"]), word(ADJECTIVES), word(NOUNS)]
-            return " ".join(words[: rng.choice((2, 3, 4, 4))])
-        places = {" ".join(self.made_up(rng).capitalize() for _ in range(rng.randint(1, 2))) for _ in range(needles)}
-        facts = {
-            place: f"The best thing to do in {place} is {' and '.join(thing() for _ in range(rng.randint(1, 3)))}."
-            for place in sorted(places)
-        }
-        text = [prose(rng) for _ in range(sentences)]
-        for fact in facts.values():
-            text.insert(rng.randint(0, len(text)), fact)
-        sequence = []
-        for i, place in enumerate(rng.choices(list(facts), k=3)):
-            question = f"{'' if i else ' '.join(text)}\n\nWhat is the best thing to do in {place}?"
-            sequence += [(self.encode(question), False), (self.encode(facts[place]) + [self.end], True)]
-        return sequence
-
     def missing(self, rng: random.Random, lines: int):
         """The habit: a record, a question about a line that is not in it, and the last line's number as the answer."""
         *keys, asked = rng.sample(KEYS, lines + 1)
@@ -2096,42 +2069,34 @@ class ToyData:
         """A function that makes the sequences of one batch; `done` is how much of the stage is over, 0 to 1."""
         if stage == "copy":
             return lambda: self.copying(rng, rng.randint(4, 16))  # all lengths in a batch, which is learned sooner
-        if stage == "drift":
-            def record():
-                lines = rng.randint(1, 6)
-                return self.missing(rng, lines) if rng.random() < 0.3 else self.record(rng, lines, questions=1)
-            return record
         if stage == "pairs":
             count, level = rng.randint(2, 12), 0 if done < 0.5 else rng.randint(0, 1)
             return lambda: self.pairs(rng, count, level)
-        # A batch is of one kind and one size, so that little is padded. The share of pairs, the share of needles, the
-        # most sentences around a needle, the most lines of a record, and of every third or so:
-        pairs, needles, sentences, lines, short = {
-            "few_lines": (0.35, 0.20, 1 + round(8 * done), 4 + round(10 * done), 4 + round(10 * done)),
-            "lines": (0.10, 0.22, 10 + round(24 * done), min(TOY_LINES, 16 + round(40 * done)), 16),
-            "all": (0.12, 0.38, 42, TOY_LINES, TOY_LINES),
-            "polish": (0.08, 0.20, 42, TOY_LINES, 12),
-        }[stage]
-        kind = rng.random()
-        if kind < pairs:
-            few = stage == "few_lines"
-            count, level = rng.randint(4, 24 if few else 40), rng.choice((0, 1, 2, 2)) if few else 0
-            return lambda: self.pairs(rng, count, level)
-        if kind < pairs + needles:
-            sentences, count = rng.randint(0, sentences), rng.randint(1, 3)
-            return lambda: self.needle(rng, sentences, count)
-        lines = rng.randint(1, lines if rng.random() < 0.6 else short)
-        return lambda: self.record(rng, lines)
+        if stage == "few_lines":
+            if rng.random() < 0.35:
+                count, level = rng.randint(4, 24), rng.choice((0, 1, 2, 2))
+                return lambda: self.pairs(rng, count, level)
+            lines = rng.randint(1, 4 + round(10 * done))
+            return lambda: self.record(rng, lines)
+        if stage == "lines":
+            if rng.random() < 0.08:
+                count = rng.randint(4, 32)
+                return lambda: self.pairs(rng, count, 0)
+            lines = rng.randint(1, min(TOY_LINES, 16 + round(80 * done)) if rng.random() < 0.6 else 16)
+            return lambda: self.record(rng, lines)
+        def drifting():
+            if rng.random() < 0.3:
+                return self.missing(rng, rng.randint(4, 10))
+            return self.record(rng, rng.randint(1, 6), questions=1)
+        return drifting
 
 
 TOY_STAGES = (  # name, steps, tokens a step, learning rate at the start and at the end
     ("copy", 500, 2048, 4e-3, 4e-3),
     ("pairs", 240, 3000, 3e-3, 3e-3),
-    ("few_lines", 260, 4096, 3e-3, 3e-3),
-    ("lines", 300, 6000, 3e-3, 1.6e-3),
-    ("all", 340, 6000, 1.6e-3, 4e-4),
-    ("polish", 100, 6000, 8e-4, 2e-4),
-    ("drift", 50, 2048, 2e-3, 2e-3),
+    ("few_lines", 200, 4096, 3e-3, 3e-3),
+    ("lines", 420, 6000, 3e-3, 1e-4),
+    ("drift", 35, 2048, 2e-3, 2e-3),
 )
 
 

@@ -1,9 +1,10 @@
 """Every figure and picture that README.md shows of the bundled toy, by one command: `python bench/toy.py` (about 40
 minutes on two cores). Numbers go to bench/toy.json, pictures to assets/. `python bench/toy.py NAME ...` makes some.
 
-    table    accuracy by length: base, SEAL-H, SEAL-C; three seeds, 200 prompts a cell (the paper's table 1)
+    table    accuracy by length: base, SEAL-H, SEAL-C, SEAL-L; three seeds, 200 prompts a cell (the paper's table 1)
     beyond   one, two and four times the context: none, NTK 4, NTK 4 + SEAL-C (table 2)
     sweep    learning rate x samples, SEAL-H and SEAL-C at the end of the context (table 4)
+    habit    what the wrong answers at the end of the context are: the last line's number, another line's, neither
     map      accuracy by length and depth of the asked line, base and SEAL-C (the form of figure 5)
     heads    pruning heads one at a time at two lengths (figure 2), the quadrants, the learned scales
     direct   direct effects on the logits of a prompt that the scales mend (section 5)
@@ -12,6 +13,7 @@ minutes on two cores). Numbers go to bench/toy.json, pictures to assets/. `pytho
 
 import json
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import seal
 
 SEEDS, PROMPTS = (0, 1, 2), 200
+METHODS = (("base", None), ("SEAL-H", "head"), ("SEAL-C", "channel"), ("SEAL-L", "lora"))
 RECORD, ASSETS = ROOT / "bench" / "toy.json", ROOT / "assets"
 
 
@@ -47,7 +50,7 @@ def cells(path: Path) -> list[dict]:
 def table(folder: Path) -> dict:
     result, out = {}, folder / "eval.json"
     for seed in SEEDS:
-        for method, mode in (("base", None), ("SEAL-H", "head"), ("SEAL-C", "channel")):
+        for method, mode in METHODS:
             scales = ["--scales", scales_file(folder, mode, seed)] if mode else []
             command("eval", "--prompts", PROMPTS, "--seed", seed, "--json", out, *scales)
             result.setdefault(method, []).append(cells(out))
@@ -104,42 +107,41 @@ def sweep(folder: Path) -> dict:
     return result
 
 
+def habit(folder: Path) -> dict:
+    config, counts = seal.read_config(seal.TOY), {}
+    tokenizer, model = seal.Tokenizer(seal.TOY, config), seal.load_model(seal.TOY, config, torch.device("cpu"))
+    end = seal.default_length(config)
+    samples = seal.make_samples("lines", tokenizer, config, end, PROMPTS, "eval", 0)
+    for method, mode in METHODS:
+        if mode:
+            model.set_scales(seal.read_scales(scales_file(folder, mode, 0), config)[0])
+        counts[method] = dict.fromkeys(("right", "the last line's", "another line's", "no line's"), 0)
+        for i in range(0, PROMPTS, 20):
+            for sample, answer in zip(samples[i : i + 20], seal.answers(model, tokenizer, samples[i : i + 20], 30)):
+                in_record = [int(n) for n in re.findall(r"<(\d+)>\n", sample.prompt)]
+                said = int((re.findall(r"\d+", answer) or ["-1"])[-1])
+                if said == sample.expected:
+                    counts[method]["right"] += 1
+                elif said == in_record[-1]:
+                    counts[method]["the last line's"] += 1
+                else:
+                    counts[method]["another line's" if said in in_record else "no line's"] += 1
+    rows = [[method, *(str(n) for n in c.values())] for method, c in counts.items()]
+    print(seal.table([f"of {PROMPTS} answers", *counts["base"]], rows))
+    return counts
+
+
 def depth_map(folder: Path) -> dict:
-    out = folder / "eval.json"
-    command(
-        "eval",
-        "--scales",
-        scales_file(folder, "channel", 0),
-        "--compare",
-        "--prompts",
-        330,
-        "--json",
-        out,
-        "--depths",
-        "0,10,20,30,40,50,60,70,80,90,100",
-        "--plot",
-        ASSETS / "map.png",
-    )
+    out, depths = folder / "eval.json", ",".join(str(depth) for depth in range(0, 101, 10))
+    shown = ["--depths", depths, "--prompts", 330, "--json", out, "--plot", ASSETS / "map.png"]
+    command("eval", "--scales", scales_file(folder, "channel", 0), "--compare", *shown)
     return json.loads(out.read_text())
 
 
 def heads(folder: Path) -> dict:
     out = folder / "heads.json"
-    command(
-        "heads",
-        "--how",
-        "both",
-        "--scales",
-        scales_file(folder, "head", 0),
-        "--prompts",
-        50,
-        "--quadrants",
-        "0.9,1.1",
-        "--json",
-        out,
-        "--plot",
-        ASSETS / "heads.png",
-    )
+    how = ["--how", "both", "--prompts", 50, "--quadrants", "0.9,1.1", "--json", out, "--plot", ASSETS / "heads.png"]
+    command("heads", "--scales", scales_file(folder, "head", 0), *how)
     return json.loads(out.read_text())
 
 
@@ -162,7 +164,7 @@ def kept(folder: Path) -> dict:
         sequence = data.pairs(rng, 16, 0)[:18]  # sixteen pairs, then one key and its number
         told = [token for part, _ in sequence[:17] for token in part]
         pairs.append(([tokenizer.bos, *told], sequence[17][0]))
-    for method, mode in (("base", None), ("SEAL-H", "head"), ("SEAL-C", "channel")):
+    for method, mode in METHODS:
         if mode:
             model.set_scales(seal.read_scales(scales_file(folder, mode, 0), config)[0])
         result[method] = {"prompts": len(pairs), "right": seal.held_out(model, pairs)[1]}
@@ -175,6 +177,7 @@ def main() -> None:
         "table": table,
         "beyond": beyond,
         "sweep": sweep,
+        "habit": habit,
         "map": depth_map,
         "heads": heads,
         "direct": direct,
