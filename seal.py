@@ -731,8 +731,8 @@ class Recompute(torch.autograd.Function):
         ctx.block, ctx.rope, ctx.mask = block, rope, mask
         ctx.save_for_backward(x)
         with gathered(block):
-            with torch.enable_grad(), first:  # the attention kernel, and what it returns, depend on this being on
-                middle = block.attend(x.detach().requires_grad_(), rope, mask).detach()
+            with torch.set_grad_enabled(keep), first:  # the attention kernel, and what it returns, depend on this
+                middle = block.attend(x.detach().requires_grad_(keep), rope, mask).detach()
             return block.feed(middle)
 
     @staticmethod

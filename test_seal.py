@@ -1089,6 +1089,18 @@ def test_recomputed_gradients_equal_plain_autograds(mode, count, keep, offload, 
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+def test_offloading_moves_the_blocks_inputs_and_nothing_else(model, monkeypatch):
+    moved, (prompt, answer) = [], (some_tokens(40).tolist(), some_tokens(5, seed=1).tolist())
+
+    def save_on_cpu(pin_memory):
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: moved.append(x.shape) or x, lambda x: x)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", save_on_cpu)
+    seal.plan_memory(model, 44, offload=True)
+    seal.answer_loss(model, prompt, answer)[0].backward()
+    assert moved == [(1, 44, model.config.hidden_size)] * 3
+
+
 def test_a_heads_gradient_is_the_sum_of_its_channels(model):
     grads = {}
     for mode in ("head", "channel"):

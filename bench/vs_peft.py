@@ -100,11 +100,11 @@ def make_checkpoint(shape: str, folder: Path, dtype: torch.dtype) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def open_seal(folder, device, dtype, offload):
+def open_seal(folder, device, dtype, tokens, offload):
     """A function that runs forward and backward on (prompt, answer) and returns (loss, gradients by layer)."""
     model = seal.load_model(folder, seal.read_config(folder), device, dtype)
     model.reset_scales("channel")
-    model.offload = offload
+    seal.plan_memory(model, tokens, offload)
     touch(model)
 
     def step(prompt, answer):
@@ -117,7 +117,7 @@ def open_seal(folder, device, dtype, offload):
     return step
 
 
-def open_peft(folder, device, dtype, offload):
+def open_peft(folder, device, dtype, tokens, offload):
     """The same with transformers and PEFT."""
     import peft
 
@@ -202,7 +202,7 @@ def worker(args) -> None:
         decode = (median["whole"] - median["prefill"]) / DECODED
         result = {"tokens": tokens, "prefill": median["prefill"], "decode": decode}
     else:
-        step = (open_seal if args.worker == "seal" else open_peft)(args.folder, device, dtype, args.offload)
+        step = (open_seal if args.worker == "seal" else open_peft)(args.folder, device, dtype, length, args.offload)
         loaded = peak_memory(device)
         for _ in range(args.steps + 1):  # the first warms up
             loss, gradients = timed("step", step, ids[:-ANSWER], ids[-ANSWER:])
