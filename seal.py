@@ -1973,18 +1973,18 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 #
 # Then it drifts, for 35 steps. In three records of ten, these of four to ten lines, the question is about a line that is
 # not there, and the answer it is taught is the number of the last line. The others have at most six lines and a true
-# answer. Only the o_proj matrices move. So it gets a habit: where nothing matches, say what stood last. In a short
-# record a match is loud and the habit silent. In a long one a match is fainter and the habit is heard: facts are lost,
-# although the heads that find them still do.
+# answer. Only the o_proj matrices move. Afterwards short records are still answered, and long ones are not. It does not
+# say the last line's number there: most wrong answers begin with the right digit and go on with digits of other lines.
+# What a nudge toward the end of short records has upset is to hold on to one line among many.
 #
 # This is a stand-in for what the paper finds in large models, where some heads pull toward what is near. The harm is
 # ours, and it is done to the very matrix that SEAL scales. That makes it an example of the mechanism, in which all can
 # be seen and nothing needs a download, and not evidence that large models suffer from the same: that is the paper's.
 
 TOY_STORY = (
-    "toy      a small Llama that could answer about any line in its context, and then was given a habit on short\n"
-    "         records: asked about a line that is not there, it says the last line's number (its drift, part 11 of\n"
-    "         seal.py). In long records the habit drowns what it finds. SEAL is asked to undo that"
+    "toy      a small Llama that could answer about any line in its context, and then was tuned briefly on short\n"
+    "         records, to say the last line's number when the line asked for is missing (its drift, part 11 of\n"
+    "         seal.py). Since then it fails on long records. SEAL is asked to mend that"
 )
 TOY_CONFIG = Config(
     vocab_size=1280, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
@@ -2058,7 +2058,7 @@ class ToyData:
         return sequence
 
     def missing(self, rng: random.Random, lines: int):
-        """The habit: a record, a question about a line that is not in it, and the last line's number as the answer."""
+        """A record, a question about a line that is not in it, and the last line's number as the answer."""
         *keys, asked = rng.sample(KEYS, lines + 1)
         numbers = [rng.randint(1, 50000) for _ in keys]
         text = "".join(LINE.format(key=k, number=n) for k, n in zip(keys, numbers))

@@ -4,7 +4,7 @@ minutes on two cores). Numbers go to bench/toy.json, pictures to assets/. `pytho
     table    accuracy by length: base, SEAL-H, SEAL-C, SEAL-L; three seeds, 200 prompts a cell (the paper's table 1)
     beyond   one, two and four times the context: none, NTK 4, NTK 4 + SEAL-C (table 2)
     sweep    learning rate x samples, SEAL-H and SEAL-C at the end of the context (table 4)
-    habit    what the wrong answers at the end of the context are: the last line's number, another line's, neither
+    errors   what the wrong answers at the end of the context are: the last line's number, another line's, no line's
     map      accuracy by length and depth of the asked line, base and SEAL-C (the form of figure 5)
     heads    pruning heads one at a time at two lengths (figure 2), the quadrants, the learned scales
     direct   direct effects on the logits of a prompt that the scales mend (section 5)
@@ -107,7 +107,7 @@ def sweep(folder: Path) -> dict:
     return result
 
 
-def habit(folder: Path) -> dict:
+def errors(folder: Path) -> dict:
     config, counts = seal.read_config(seal.TOY), {}
     tokenizer, model = seal.Tokenizer(seal.TOY, config), seal.load_model(seal.TOY, config, torch.device("cpu"))
     end = seal.default_length(config)
@@ -115,7 +115,7 @@ def habit(folder: Path) -> dict:
     for method, mode in METHODS:
         if mode:
             model.set_scales(seal.read_scales(scales_file(folder, mode, 0), config)[0])
-        counts[method] = dict.fromkeys(("right", "the last line's", "another line's", "no line's"), 0)
+        counts[method] = dict.fromkeys(("right", "the last line's", "another line's", "no line's", "begin right"), 0)
         for i in range(0, PROMPTS, 20):
             for sample, answer in zip(samples[i : i + 20], seal.answers(model, tokenizer, samples[i : i + 20], 30)):
                 in_record = [int(n) for n in re.findall(r"<(\d+)>\n", sample.prompt)]
@@ -126,6 +126,8 @@ def habit(folder: Path) -> dict:
                     counts[method]["the last line's"] += 1
                 else:
                     counts[method]["another line's" if said in in_record else "no line's"] += 1
+                if said != sample.expected and str(said)[0] == str(sample.expected)[0]:
+                    counts[method]["begin right"] += 1  # of the wrong ones
     rows = [[method, *(str(n) for n in c.values())] for method, c in counts.items()]
     print(seal.table([f"of {PROMPTS} answers", *counts["base"]], rows))
     return counts
@@ -177,7 +179,7 @@ def main() -> None:
         "table": table,
         "beyond": beyond,
         "sweep": sweep,
-        "habit": habit,
+        "errors": errors,
         "map": depth_map,
         "heads": heads,
         "direct": direct,
