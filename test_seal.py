@@ -34,6 +34,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import export_gguf
 import seal
@@ -1087,6 +1088,23 @@ def test_recomputed_gradients_equal_plain_autograds(mode, count, keep, offload, 
     for scale, reference in zip(model.scales(), plain):
         assert gap(scale.grad, reference) < 1e-5 * max(g.abs().max().item() for g in plain)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_the_count_of_operations_is_what_torch_counts(tmp_path, vocabulary):
+    """Of the matrix products, which grow with T; attention's share is what grows with T^2."""
+    make_checkpoint(tmp_path, vocabulary, num_key_value_heads=2)
+    model, T = load(tmp_path), 200
+    model.frozen = False  # nothing is computed twice
+    forward, step, share = seal.useful_flop(model.config, T)
+    twice = seal.useful_flop(model.config, 2 * T)
+    assert (twice[1] - 2 * step) / 2 == pytest.approx(share * step)
+    counts = []
+    for run in (lambda: model(some_tokens(1, T), last=1), lambda: model(some_tokens(1, T), last=1).sum().backward()):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts.append(sum(n for kind, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(kind)))
+    for counted, claimed, double in zip(counts, (forward, step), twice):
+        assert 1 <= counted / (2 * claimed - double / 2) < 1.01  # one position of the last block is not in the claim
 
 
 def test_offloading_moves_the_blocks_inputs_and_nothing_else(model, monkeypatch):

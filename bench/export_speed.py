@@ -4,7 +4,9 @@
 
 Makes a bfloat16 checkpoint in four shards in a temporary folder (2.3 GB; as much again for each result), then prints
 for each out type the seconds of the export (on the clock, and of processor), its peak memory, the seconds of plainly
-copying as many bytes as it reads, and the ratio of the clocks. Both ends on a sync. Run it on an idle machine; the checkpoint is in the page cache for both.
+copying as many bytes as it reads, and the ratio of the clocks. Both end on a sync. Run it on an idle machine; the
+checkpoint is in the page cache for both. Some two seconds are the same for any size: importing torch, and the reading
+back of the vocabulary by gguf.
 """
 
 import argparse

@@ -14,7 +14,7 @@ asserted that they find the same tokens. Reading the prompt is timed as an answe
     python bench/vs_peft.py                                                   small shape, 2K tokens, CPU: two minutes
     python bench/vs_peft.py --eval                                            the same for evaluation: one minute
     python bench/vs_peft.py --lengths 1024,2048,4096 --pairs 1                how cost grows with the length
-    python bench/vs_peft.py --shape 7b --lengths 4096,8192,16384,31000 --dtype bfloat16 --offload --json bench/results.json
+    python bench/vs_peft.py --shape 7b --lengths 4096,8192,16384,31000 --dtype bfloat16 --offload --json results.json
 
 The last is for a GPU; it needs disk for the random checkpoint (13.5 GB) in the temporary folder (--tmp).
 """
