@@ -1974,10 +1974,10 @@ def plot_direct(path, before: Tensor, after: Tensor, right: str, wrong: str) -> 
 # Then it drifts, for 35 steps. In three records of ten, these of four to ten lines, the question is about a line that is
 # not there, and the answer it is taught is the number of the last line. The others have at most six lines and a true
 # answer. Only the o_proj matrices move. Afterwards short records are still answered, and long ones are not. It does not
-# say the last line's number there: most wrong answers begin with the right digit and go on with digits of other lines.
-# What a nudge toward the end of short records has upset is to hold on to one line among many.
+# say the last line's number there: most wrong answers begin with the right digit and go on with wrong ones. What the
+# nudge seems to have upset is to hold on to one line among many.
 #
-# This is a stand-in for what the paper finds in large models, where some heads pull toward what is near. The harm is
+# This is a stand-in for what the paper finds in large models, where some heads hurt when the prompt is long. The harm is
 # ours, and it is done to the very matrix that SEAL scales. That makes it an example of the mechanism, in which all can
 # be seen and nothing needs a download, and not evidence that large models suffer from the same: that is the paper's.
 
