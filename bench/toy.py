@@ -47,6 +47,19 @@ def cells(path: Path) -> list[dict]:
     return json.loads(path.read_text())["cells"]
 
 
+def open_toy() -> tuple[seal.Llama, seal.Tokenizer]:
+    config = seal.read_config(seal.TOY)
+    return seal.load_model(seal.TOY, config, torch.device("cpu")), seal.Tokenizer(seal.TOY, config)
+
+
+def each_method(folder: Path, model: seal.Llama):
+    """The methods' names, one after the other, while the model holds the scales that each learned with seed 0."""
+    for method, mode in METHODS:
+        if mode:
+            model.set_scales(seal.read_scales(scales_file(folder, mode, 0), model.config)[0])
+        yield method
+
+
 def table(folder: Path) -> dict:
     result, out = {}, folder / "eval.json"
     for seed in SEEDS:
@@ -108,13 +121,10 @@ def sweep(folder: Path) -> dict:
 
 
 def errors(folder: Path) -> dict:
-    config, counts = seal.read_config(seal.TOY), {}
-    tokenizer, model = seal.Tokenizer(seal.TOY, config), seal.load_model(seal.TOY, config, torch.device("cpu"))
-    end = seal.default_length(config)
-    samples = seal.make_samples("lines", tokenizer, config, end, PROMPTS, "eval", 0)
-    for method, mode in METHODS:
-        if mode:
-            model.set_scales(seal.read_scales(scales_file(folder, mode, 0), config)[0])
+    (model, tokenizer), counts = open_toy(), {}
+    end = seal.default_length(model.config)
+    samples = seal.make_samples("lines", tokenizer, model.config, end, PROMPTS, "eval", 0)
+    for method in each_method(folder, model):
         counts[method] = dict.fromkeys(("right", "the last line's", "another line's", "no line's", "begin right"), 0)
         for i in range(0, PROMPTS, 20):
             for sample, answer in zip(samples[i : i + 20], seal.answers(model, tokenizer, samples[i : i + 20], 30)):
@@ -153,22 +163,13 @@ def direct(folder: Path) -> None:
 
 def kept(folder: Path) -> dict:
     """Bare pairs of key and number, which the toy knows from pretraining: right to the last token."""
-    config = seal.read_config(seal.TOY)
-    tokenizer = seal.Tokenizer(seal.TOY, config)
-    model, data, rng, result = (
-        seal.load_model(seal.TOY, config, torch.device("cpu")),
-        seal.ToyData(tokenizer),
-        random.Random("kept"),
-        {},
-    )
-    pairs = []
+    model, tokenizer = open_toy()
+    data, rng, pairs, result = seal.ToyData(tokenizer), random.Random("kept"), [], {}
     for _ in range(2 * PROMPTS):
         sequence = data.pairs(rng, 16, 0)[:18]  # sixteen pairs, then one key and its number
         told = [token for part, _ in sequence[:17] for token in part]
         pairs.append(([tokenizer.bos, *told], sequence[17][0]))
-    for method, mode in METHODS:
-        if mode:
-            model.set_scales(seal.read_scales(scales_file(folder, mode, 0), config)[0])
+    for method in each_method(folder, model):
         result[method] = {"prompts": len(pairs), "right": seal.held_out(model, pairs)[1]}
     print(seal.table(["16 bare pairs", "right"], [[method, f"{r['right']:.3f}"] for method, r in result.items()]))
     return result
