@@ -15,24 +15,16 @@ by one number, and train those numbers on 50 synthetic prompts (section 4):
   SEAL-H  --mode head     one s per layer and head      32 x 32 = 1,024 for a 7B
   SEAL-C  --mode channel  one s per layer and channel   32 x 32 x 128 = 131,072
 
-A scale above 1 lets a head speak louder into the residual stream, below 1 quieter, and 0
-prunes it. All start at 1, which is the model you downloaded. Before W_o the heads are
-still apart, after it they are one sum: it is the last place to weigh them. In the end s
-multiplies the columns of W_o, and an ordinary checkpoint is left: the gain costs nothing.
+A scale above 1 makes a head louder, below 1 quieter, and 0 prunes it. All start at 1,
+which is the model you downloaded. Before W_o the heads are still apart, after it they are
+one sum: it is the last place to weigh them. In the end s multiplies the columns of W_o,
+and an ordinary checkpoint is left: the gain costs nothing.
 
-The map: the method first, the plumbing last
---------------------------------------------
-  1. Model        rotary positions and NTK, Attention (SEAL is one line of it), Llama
-  2. Data         line retrieval, needle in a haystack, a JSONL file
-  3. Training     the loss on the answer, and the loop
-  4. Evaluation   greedy answers, judged; the table and the picture
-  5. Folding      scales into W_o, and the file they are kept in
-  6. Checkpoints  config.json and weights of a Hugging Face folder
-  7. Text         the tokenizer and the chat template
-  8. Commands     python seal.py demo | train | eval | generate | fold
+The map, the method first: 1 Model, 2 Data, 3 Training, 4 Evaluation, 5 Folding; then the
+plumbing: 6 Checkpoints, 7 Text, 8 Commands. SEAL itself is one line of Attention.
 
 Letters in shapes: B sequences, T tokens, S tokens so far, D width of the residual stream,
-H query heads, G key-value heads, d channels per head, L layers, V vocabulary, A tokens of
+H query heads, G key-value heads, d channels a head, L layers, V vocabulary, A tokens of
 an answer.
 """
 
@@ -60,7 +52,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -81,28 +73,32 @@ class UserError(Exception):
 class Config:
     """The shape of a Llama, in config.json's own names."""
 
-    vocab_size: int                    # V
-    hidden_size: int                   # D
-    intermediate_size: int             # width inside the feed-forward
-    num_hidden_layers: int             # L
-    num_attention_heads: int           # H: query heads, the ones that SEAL scales
-    num_key_value_heads: int           # G: each serves H / G query heads
-    head_dim: int                      # d; H * d need not be D
-    max_position_embeddings: int       # the context in tokens, extension included
-    rms_norm_eps: float = 1e-6         # added under RMSNorm's root
-    rope_theta: float = 10000.0        # b: base of the rotary frequencies
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # width inside the feed-forward
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H: query heads, the ones that SEAL scales
+    num_key_value_heads: int  # G: each serves H / G query heads
+    head_dim: int  # d; H * d need not be D
+    max_position_embeddings: int  # the context in tokens, extension included
+    rms_norm_eps: float = 1e-6  # added under RMSNorm's root
+    rope_theta: float = 10000.0  # b: base of the rotary frequencies
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
     sliding_window: int | None = None  # tokens a query may look back, if limited
     tie_word_embeddings: bool = False  # the output matrix is the embedding
-    attention_bias: bool = False       # q, k, v (Qwen2) and, if the files have it, o
-    mlp_bias: bool = False             # the feed-forward
-    qk_norm: bool = False              # q and k are normalised in each head (Qwen3)
+    attention_bias: bool = False  # of q, k, v and, if the files have it, o
+    mlp_bias: bool = False
+    qk_norm: bool = False  # q and k are normalised in each head (Qwen3)
+
+
+def heads_of(config: Config) -> tuple[int, int, int]:
+    """(L, H, d): what scales must fit."""
+    return config.num_hidden_layers, config.num_attention_heads, config.head_dim
 
 
 # RoPE turns pair i of a head's channels by the angle position * freq_i, so that q . k
 # depends on the distance only. The first pair turns by 1 radian per token and tells
-# neighbours apart; the last turns once in 54,000 tokens (d = 128, b = 10000). Every
-# context extension is another table of frequencies: nothing is trained.
+# neighbours apart; the last turns once in 54,000 tokens (d = 128, b = 10000).
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
@@ -116,9 +112,8 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     if kind == "linear":
         keep = torch.zeros_like(freq)
     elif kind == "llama3":  # what turns often within the original context stays
-        turns = original * freq / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = (turns - low) / (high - low)
+        keep = (original * freq / (2 * math.pi) - low) / (high - low)
     elif kind == "yarn":  # likewise, with a ramp linear in the pair, and sharper attention
         fast, slow = (  # the pairs that make so many turns within the original context
             d * math.log(original / (2 * math.pi * rope[turns])) / (2 * math.log(b))
@@ -139,8 +134,8 @@ def extend(config: Config, spec: str) -> Config:
 
     NTK replaces the base b by b * s^(d / (d - 2)) (paper, section 6). The slowest pair is
     stretched by exactly s, so that s times the distance gives an angle it knows; the
-    fastest, which tells neighbours apart, stays; those between by a power of s between 0
-    and 1. An extension is a changed config, no more: model, fold and export follow.
+    fastest, which tells neighbours apart, stays. An extension is a changed config, no
+    more: model, fold and export follow.
     """
     if spec == "none":
         return config
@@ -166,10 +161,9 @@ def rotate(x: Tensor, rope) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, causal; each key-value head serves H / G query heads.
+    """softmax(q k^T / sqrt(d)) v, causal: q (B, H, T, d), k and v (B, G, S, d) -> as q.
 
-    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). All tokens ask (T = S), or the
-    last one does (T = 1).
+    All tokens ask (T = S), or the last one does (T = 1).
     """
     causal = q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
@@ -184,12 +178,12 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        H, G = config.num_attention_heads, config.num_key_value_heads
+        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.heads, self.head_dim = H, d
-        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, G * d, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, G * d, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
+        self.q_proj = nn.Linear(D, H * d, bias=bias)
+        self.k_proj = nn.Linear(D, G * d, bias=bias)
+        self.v_proj = nn.Linear(D, G * d, bias=bias)
+        self.o_proj = nn.Linear(H * d, D, bias=bias)
         self.q_norm = nn.RMSNorm(d, eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(d, eps) if config.qk_norm else nn.Identity()
         self.scale = nn.Parameter(torch.ones(H))  # s: (H,), or (H * d,) for SEAL-C
@@ -197,19 +191,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope, cache=None, start: int = 0) -> Tensor:
         """x (B, T, D) -> (B, T, D). cache: this layer's k and v, filled up to start."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))     # (B, T, H, d)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))     # (B, T, G, d)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, d)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, G, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, d)
         q, k = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope)
         if cache is not None:
             cache[0][:, :, start : start + T] = k
             cache[1][:, :, start : start + T] = v
-            k, v = (stored[:, :, : start + T] for stored in cache)        # (B, G, S, d)
-        y = attend(q, k, v).transpose(1, 2)                               # (B, T, H, d)
+            k, v = (stored[:, :, : start + T] for stored in cache)  # (B, G, S, d)
+        y = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
 
         # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o. bfloat16 has 8 bits:
         # the product is made in float32, as the scales are, and rounded once.
-        y = y * self.scale.view(self.heads, -1)       # (B, T, H, d) * (H, 1) or (H, d)
+        y = y * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
 
 
@@ -255,13 +249,10 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, D = config, config.hidden_size
-        self.offload = False  # while training, keep the blocks' inputs in host memory
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.frequencies, self.magnitude = rope_frequencies(config)
 
     def forward(self, tokens: Tensor, cache=None, start: int = 0) -> Tensor:
@@ -272,24 +263,20 @@ class Llama(nn.Module):
         end, window = start + tokens.shape[1], self.config.sliding_window
         if window and end > window:
             raise UserError(f"{end} tokens exceed the model's sliding window of {window}")
-        x = self.embed_tokens(tokens)                                # (B, T, D)
+        x = self.embed_tokens(tokens)  # (B, T, D)
         positions = torch.arange(start, end, device=x.device)
         angles = positions[:, None] * self.frequencies.to(x.device)  # (T, d/2)
         rope = [(self.magnitude * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin)]
-        if cache is not None or not torch.is_grad_enabled():
-            for i, layer in enumerate(self.layers):
-                x = layer(x, rope, cache and cache[i], start)
-            return x
-        on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
-        with on_cpu if self.offload else nullcontext():
-            for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if torch.is_grad_enabled() and cache is None:
                 x = Recompute.apply(x, layer.self_attn.scale, layer, rope)
+            else:
+                x = layer(x, rope, cache and cache[i], start)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream (..., D) -> logits (..., V), float32. Of all positions they would
-        be the largest tensor of all; training needs them at some thirty, generation at one.
-        """
+        be the largest tensor there is; training needs them at some thirty."""
         return self.lm_head(self.norm(x)).float()
 
     def scales(self) -> list[nn.Parameter]:
@@ -310,12 +297,8 @@ class Llama(nn.Module):
 
 
 class Recompute(torch.autograd.Function):
-    """A block that keeps only x for the way back, and computes its inside again there.
-
-    The inside is some twenty times as large as x. Weights are frozen, so two gradients are
-    wanted, x's and the scale's. The last product, down_proj's, is not computed again: its
-    input's gradient is grad @ W, whatever the result was.
-    """
+    """A block that keeps only x for the way back, and computes its inside, some twenty
+    times as large, again there: all but down_proj's product, whose gradient is grad @ W."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope) -> Tensor:
@@ -328,9 +311,9 @@ class Recompute(torch.autograd.Function):
         block, (x,), below = ctx.block, ctx.saved_tensors, ctx.needs_input_grad[0]
         with torch.enable_grad():
             x = x.detach().requires_grad_(below)
-            middle = block.attend(x, ctx.rope)                                  # (B, T, D)
+            middle = block.attend(x, ctx.rope)  # (B, T, D)
             inside = block.mlp.inside(block.post_attention_layernorm(middle))
-        wanted = [block.self_attn.scale] + [x] * below  # nothing trains below the first block
+        wanted = [block.self_attn.scale] + [x] * below  # nothing trains below block 0
         grads = grad, grad @ block.mlp.down_proj.weight
         scale_grad, *x_grad = torch.autograd.grad((middle, inside), wanted, grads)
         return (*x_grad, None)[0], scale_grad, None, None
@@ -357,9 +340,8 @@ def generate(model: Llama, prompt: list[int], max_new_tokens: int, stop=()) -> l
 # --------------------------------------------------------------------------------------
 # 2. Data
 # --------------------------------------------------------------------------------------
-# Random in content and exact in form (paper, section 4.1): the model must not learn
-# facts, only to look things up in this format. 50 samples are enough because nothing new
-# is to be learned, only a balance.
+# Random in content and exact in form (paper, section 4.1). 50 samples are enough because
+# nothing new is to be learned, only a balance.
 
 ANSWER_ROOM = 48  # tokens kept free for the answer when a prompt is to fill the context
 
@@ -442,8 +424,7 @@ KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 
 def lines_sample(rng, tokenizer, length: int, depth: float | None = None) -> Sample:
     """A record of lines that fills `length` tokens, and a question for one of them.
 
-    Keys are unique in a record, numbers uniform in 1..50000, and the asked line is uniform
-    over the record, or at `depth` percent of it.
+    Keys are unique, numbers uniform in 1..50000, the asked line anywhere or at `depth` %.
     """
     limit = min(length // 4 + 1, len(KEYS))  # no line is shorter than four tokens
     keys = rng.sample(KEYS, limit)
@@ -464,17 +445,10 @@ def lines_sample(rng, tokenizer, length: int, depth: float | None = None) -> Sam
 # and no model could know it.
 NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing to do in {}?"
 TEST_NEEDLE = "San Francisco", "eat a sandwich and sit in Dolores Park on a sunny day"
+CITIES = "Paris London Rome Vienna Oslo Madrid Lisbon Dublin Athens Prague".split()
 TRAINING_NEEDLES = [
-    ("Paris", "paint a quiet bridge and feed the golden heron"),
-    ("London", "visit the old lantern and draw a brave otter"),
-    ("Rome", "wash a curly donkey and climb the round fountain"),
-    ("Vienna", "fix a lonely piano and follow the proud goose"),
-    ("Oslo", "carry a heavy kettle and watch the icy river"),
-    ("Madrid", "build a narrow ladder and hide the lucky coin"),
-    ("Lisbon", "open the dusty cabin and read a funny pencil"),
-    ("Dublin", "hold a damp candle and clean the royal carpet"),
-    ("Athens", "find the hollow marble and sell a ripe melon"),
-    ("Prague", "buy a crisp onion and eat the large cherry"),
+    (city, f"find a {ADJECTIVES[6 * i]} {NOUNS[6 * i]} and feed the {NOUNS[6 * i + 3]}")
+    for i, city in enumerate(CITIES)
 ]
 
 
@@ -482,8 +456,8 @@ def needle_sample(rng, tokenizer, length, needle, depth: float, haystack) -> Sam
     """A needle at `depth` percent of a text that fills `length` tokens, and its question.
 
     The text is the file's, from anywhere in it and round again. The needle goes in front of
-    the sentence that the depth, counted in tokens, falls into. (A full stop has several
-    token ids: a search for one of them finds none, and puts every needle first.)
+    the sentence that the depth, counted in tokens, falls into. (A search for a full stop's
+    token would miss: it has several.)
     """
     with reading(f"--haystack {haystack}"):
         text = Path(haystack).read_text(encoding="utf-8")
@@ -504,8 +478,7 @@ def needle_sample(rng, tokenizer, length, needle, depth: float, haystack) -> Sam
 
 
 def read_jsonl(path) -> list[Sample]:
-    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix";
-    LongEval's and RULER's files by their own key names."""
+    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix"."""
     samples = []
     with reading(f"--task {path}"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -517,13 +490,14 @@ def read_jsonl(path) -> list[Sample]:
 
 
 def to_sample(case: dict) -> Sample:
-    """One line of a JSONL file; raises whatever it meets if it is none."""
-    expected, answer = case.get("expected", case.get("outputs")), case.get("answer")
-    if "expected_number" in case:  # LongEval's
-        expected = case["expected_number"]
+    """A line of a JSONL file, also LongEval's (prompt, expected_number, random_idx) or
+    RULER's (input, outputs, answer_prefix); raises whatever it meets if it is none."""
+    answer = case.get("answer")
+    expected = case.get("expected", case.get("expected_number", case.get("outputs")))
+    if answer is None and "random_idx" in case:
         answer = LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
-    elif answer is None:           # RULER's
-        answer = ", ".join(expected) if isinstance(expected, list) else f"{expected or ''}"
+    elif answer is None:
+        answer = ", ".join(expected) if isinstance(expected, list) else str(expected or "")
     prefix = case.get("prefix") or case.get("answer_prefix") or ""
     sample = Sample(case.get("prompt") or case["input"], answer, expected, prefix)
     if not sample.prompt.strip() or not answer.strip() or expected in ("", []):
@@ -537,25 +511,25 @@ def make_samples(
 ) -> list[Sample]:
     """Up to `count` samples of a task (lines, needle, FILE.jsonl) of up to `length` tokens.
 
-    split ("train", "eval") is part of the seed. depth (percent): where the answer stands;
-    None: anywhere. Samples whose fingerprint is in `avoid` are left out: nothing is
-    measured on a prompt that its scales were trained on.
+    split ("train", "eval") is part of the seed. depth: where the answer stands, in percent;
+    None: anywhere. What is in `avoid` (fingerprints) is left out: nothing is measured on a
+    prompt that its scales were trained on.
     """
     samples = []
-    for i in range(count if task in ("lines", "needle") else 0):
+    for i in range(count):
         rng = random.Random(f"{task} {split} {seed} {length} {i}")
         if task == "lines":
             samples.append(lines_sample(rng, tokenizer, length, depth))
-        else:
+        elif task == "needle":
             needle = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
             at = rng.uniform(0, 100) if depth is None else depth
             samples.append(needle_sample(rng, tokenizer, length, needle, at, haystack))
-    if task not in ("lines", "needle"):
+    if not samples:
         samples = read_jsonl(task)
-        random.Random(f"{seed}").shuffle(samples)
+        random.Random(seed).shuffle(samples)
     samples = [s for s in samples if s.fingerprint() not in avoid][:count]
     if not samples:
-        raise UserError(f"--task {task}: has no prompt that was not trained on")
+        raise UserError(f"--task {task}: holds no prompt that was not trained on")
     for s in samples:
         if len(tokenizer.prompt(s.prompt, s.prefix)) > length:
             raise UserError(f"{task}: {s.prompt[:40]!r}... has more than {length} tokens")
@@ -581,11 +555,8 @@ def answer_logits(model: Llama, prompt: list[int], answer: list[int]) -> Tensor:
 
 
 def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> Tensor:
-    """Mean cross-entropy of the answer's tokens, in nats.
-
-    Only the answer counts: the record is random, there is nothing to learn in predicting
-    it, and its thousands of tokens would drown the thirty that matter.
-    """
+    """Mean cross-entropy of the answer's tokens, in nats. The prompt does not count: it is
+    random, and its thousands of tokens would drown the thirty that matter."""
     logits = answer_logits(model, prompt, answer)
     return F.cross_entropy(logits, torch.tensor(answer, device=logits.device))
 
@@ -593,10 +564,9 @@ def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> Tensor:
 def train(model: Llama, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None) -> list[float]:
     """Learn the model's scales on pairs (prompt ids, answer ids); returns every loss.
 
-    The paper's recipe: AdamW at a constant rate, one prompt a step. It names no weight
-    decay; AdamW's own would pull scales to 0, which prunes heads. `pull` moves them that
-    share of the way back to 1, which is to do nothing; the paper has none. After each step
-    keep(losses, optimizer) may store the state, and a run goes on from `saved`.
+    The paper's recipe: AdamW at a constant rate, one prompt a step. Weight decay would pull
+    scales to 0, which prunes heads; `pull` moves them that share of the way back to 1, which
+    is to do nothing (the paper: 0). A run goes on from what `keep` stored as `saved`.
     """
     scales = model.scales()
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
@@ -650,29 +620,24 @@ def score_table(results: dict[str, list[dict]]) -> str:
 
 
 def plot_scores(path, results: dict[str, list[dict]]) -> None:
-    """A PNG of the share answered right against length, with Wilson's 95% intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """A PNG of the score against length, with Wilson's 95% intervals of the share right."""
     import matplotlib.pyplot as plt
     from scipy.stats import binomtest
 
     figure, ax = plt.subplots(figsize=(5.0, 3.6), layout="constrained")  # inches
     for method, cells in results.items():
-        right, asked = Counter(), Counter()
-        for c in cells:  # all depths of a length together
-            right[c["length"]] += c["correct"]
-            asked[c["length"]] += c["prompts"]
-        tests = [binomtest(right[length], asked[length]) for length in asked]
-        shares = [test.statistic for test in tests]
-        ends = zip(*(test.proportion_ci(method="wilson") for test in tests))
-        errors = [[abs(y - end) for y, end in zip(shares, side)] for side in ends]
-        ax.errorbar(list(asked), shares, errors, label=method, marker="o", capsize=2)
+        x, shares, errors = [], [], []
+        for c in cells:
+            test = binomtest(c["correct"], c["prompts"])
+            low, high = test.proportion_ci(method="wilson")
+            x.append(c["length"])
+            shares.append(test.statistic)
+            errors.append((test.statistic - low, high - test.statistic))
+        ax.errorbar(x, shares, list(zip(*errors)), label=method, fmt="o-", capsize=2)
     ax.set(xlabel="prompt length (tokens)", ylabel="share answered right", ylim=(-0.03, 1.05))
     ax.legend()
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------
@@ -690,7 +655,7 @@ def fold(name: str, tensor: Tensor, scales, rows=slice(None)) -> Tensor:
     match = re.search(r"layers\.(\d+)\.self_attn\.o_proj\.weight$", name)
     if not match or not scales:
         return tensor[rows]
-    scale = scales[int(match[1])]                                     # (H,) or (H * d,)
+    scale = scales[int(match[1])]  # (H,) or (H * d,)
     columns = scale.repeat_interleave(tensor.shape[1] // len(scale))  # (H * d,)
     return tensor[rows].float() * columns  # (D, H * d), to be cast by whoever stores it
 
@@ -716,9 +681,8 @@ def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], "Run"
     if not scales or not all(s.shape == (size,) and s.isfinite().all() for s in scales):
         raise UserError(f"{path}: holds no {run.layers} x {size} finite numbers; train again")
     made = run.layers, run.heads, run.head_size
-    here = config and (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
-    if here and made != here:
-        raise UserError(f"{path}: (layers, heads, head size) are {made}, the model's {here}")
+    if config and made != heads_of(config):
+        raise UserError(f"{path}: for {made} layers, heads, head size, not {heads_of(config)}")
     return scales, run
 
 
@@ -752,8 +716,8 @@ def whole_file(path, folder=False):
     if path.exists() and (folder or not path.is_file()):
         raise UserError(f"{path}: is there already; give a new name")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if folder:
+            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
         yield unfinished
         os.replace(unfinished, path)
@@ -790,35 +754,32 @@ def read_config(folder) -> Config:
     """The Config of a Hugging Face folder, from what transformers makes of config.json."""
     raw = read_json(Path(folder) / "config.json")
     if not raw:
-        raise UserError(f"{folder}: no config.json; `python -m extras.convert` makes a folder "
-                        "of a GGUF file or of Meta's release")
+        raise UserError(f"{folder}: has no config.json; see python -m extras.convert --help")
     with reading(f"{folder}/config.json"):
         c = from_transformers("AutoConfig", folder)
         rope = {key: value for key, value in c.rope_parameters.items() if value is not None}
-        context = getattr(c, "max_sequence_length", None)  # LongChat's, Vicuna 16K's
-        context = context or c.max_position_embeddings
+        # LongChat and Vicuna 16K say their context elsewhere.
+        context = getattr(c, "max_sequence_length", None) or c.max_position_embeddings
         if rope["rope_type"] == "yarn":  # some say the context before stretching
-            long = rope["factor"] * rope["original_max_position_embeddings"]
-            context, rope = max(context, int(long)), YARN | rope
-        supported = (
-            c.model_type in ("llama", "mistral", "qwen2", "qwen3")
-            and c.hidden_act == "silu"
-            and rope["rope_type"] in ("default", "linear", "llama3", "yarn")
-            and not {"mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"} & set(rope)
-            and not (raw.get("rope_scaling") and raw.get("rope_parameters"))
-            and not raw.get("quantization_config")
-        )
-        sizes = c.vocab_size, c.hidden_size, c.intermediate_size, context, c.num_hidden_layers
+            stretched = rope["factor"] * rope["original_max_position_embeddings"]
+            context, rope = max(context, int(stretched)), YARN | rope
         H, G = c.num_attention_heads, c.num_key_value_heads
         d = getattr(c, "head_dim", None) or c.hidden_size // H
-        if not supported or H % G or d % 2 or not all(0 < n < 2**24 for n in (*sizes, d)):
-            raise ValueError("is no plain Llama, Mistral or Qwen, or quantised, or has a rope "
-                             f"type, activation or size that does not fit: {raw}")
+        sizes = c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, context
+        unlike = {"mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"} & set(rope)
+        if (
+            c.model_type not in ("llama", "mistral", "qwen2", "qwen3")
+            or c.hidden_act != "silu"
+            or rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
+            or unlike
+            or (raw.get("rope_scaling") and raw.get("rope_parameters"))
+            or raw.get("quantization_config")
+            or H % G or d % 2 or not all(0 < n <= 2**24 for n in (*sizes, d))
+        ):
+            raise ValueError(f"not a Llama, Mistral or Qwen that is supported: {raw}")
         return Config(
-            c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, H, G, d,
-            context, c.rms_norm_eps, rope["rope_theta"], rope,
-            sliding_window=getattr(c, "sliding_window", None),
-            tie_word_embeddings=c.tie_word_embeddings,
+            *sizes[:4], H, G, d, context, c.rms_norm_eps, rope["rope_theta"], rope,
+            getattr(c, "sliding_window", None), c.tie_word_embeddings,
             attention_bias=bool(getattr(c, "attention_bias", c.model_type == "qwen2")),
             mlp_bias=getattr(c, "mlp_bias", False),
             qk_norm=c.model_type == "qwen3",
@@ -826,66 +787,66 @@ def read_config(folder) -> Config:
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face folder: safetensors or .bin, one file or shards.
-    Files are memory-mapped, and opened anew for each tensor: its memory goes with it."""
+    """The tensors of a Hugging Face folder: safetensors or .bin, one file or shards."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.files = Path(folder), {}  # {tensor name: file}
         paths = sorted(self.folder.glob("model*.safetensors"))
-        paths = paths or sorted(self.folder.glob("pytorch_model*.bin"))
-        self.files = {name: path for path in paths for name in self._open(path)}
+        for path in paths or sorted(self.folder.glob("pytorch_model*.bin")):
+            with self._open(path) as tensors:
+                self.files |= dict.fromkeys(tensors, path)
         if not self.files:
             raise UserError(f"{folder}: has no model*.safetensors and no pytorch_model*.bin")
 
-    def _open(self, path: Path) -> dict[str, Tensor]:
+    @contextmanager
+    def _open(self, path: Path):
+        """{name: function that reads it} of a file; memory-mapped, its memory goes with it."""
         with reading(path):
             if path.suffix == ".bin":
-                return dict(torch.load(path, "cpu", weights_only=True, mmap=True))
-            return load_file(path)
+                tensors = torch.load(path, "cpu", weights_only=True, mmap=True)
+                yield {name: partial(tensors.get, name) for name in tensors}
+            else:
+                with safe_open(path, framework="pt") as file:
+                    yield {name: partial(file.get_tensor, name) for name in file.keys()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        return self._open(self.files[name])[name]
+        with self._open(self.files[name]) as tensors:
+            return tensors[name]()
 
     def fitting(self, config: Config):
-        """(name in the model, in the files, tensor) of every weight; UserError unless both
-        hold the same. The output matrix is the files' own, if they have one."""
-        with torch.device("meta"):  # shapes without memory
-            model = Llama(replace(config, tie_word_embeddings=False))
-        shapes = {n: p.shape for n, p in model.named_parameters() if not n.endswith("scale")}
-        for name, path in sorted(self.files.items()):
-            short = name.removeprefix("model.")
-            if short.endswith("rotary_emb.inv_freq"):
-                continue  # the frequencies come from config.json
-            tensor, shape = self[name], shapes.pop(short, None)
-            if tensor.shape != shape:
-                raise UserError(f"{path}: {name} is {tensor.shape}, by config.json {shape}")
-            yield short, name, tensor
-        for name in shapes:
-            tied = name == "lm_head.weight" and config.tie_word_embeddings
-            if not tied and not name.endswith("o_proj.bias"):  # which is zero, if left out
-                raise UserError(f"{self.folder}: the weights lack {name}")
+        """(name in the model, in the files, tensor) of every weight. UserError unless both
+        hold the same; o_proj's biases may be left out, and the output matrix if tied."""
+        names = {n.removeprefix("model."): n for n in self.files if "inv_freq" not in n}
+        with torch.device("meta"), reading(self.folder):  # shapes without memory
+            model = Llama(config)
+            found = {short: torch.empty_like(self[n], device="meta") for short, n in names.items()}
+            for key, value in model.state_dict().items():
+                tied = key == "lm_head.weight" and config.tie_word_embeddings
+                if tied or key.endswith(("scale", "o_proj.bias")):
+                    found.setdefault(key, value)
+            model.load_state_dict(found)  # says what is missing, unknown or of another shape
+        for short, name in names.items():
+            yield short, name, self[name]
 
 
 def load_model(folder, config: Config, device="cpu", dtype=None) -> Llama:
     """The frozen model, its scales at one. dtype None: float32 on a CPU, else the files'."""
     weights, on_cpu = Checkpoint(folder), torch.device(device).type == "cpu"
     with torch.device("meta"):
-        model = Llama(replace(config, tie_word_embeddings=False))
+        model = Llama(config)
+    state = model.state_dict()
     for short, name, tensor in tqdm(weights.fitting(config), desc="loading", leave=False):
         own = torch.float32 if on_cpu else tensor.dtype
-        tensor = tensor.to(device, dtype or own, copy=True)
-        if not tensor.abs().max().isfinite():
+        state[short] = tensor.to(device, dtype or own, copy=True)
+        if not state[short].abs().max().isfinite():
             raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity")
-        owner, _, leaf = short.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
-    if model.lm_head.weight.is_meta:
-        model.lm_head.weight = model.embed_tokens.weight
-    for layer in model.layers:
-        if config.attention_bias and layer.self_attn.o_proj.bias.is_meta:
-            layer.self_attn.o_proj.bias = None
+    if state["lm_head.weight"].is_meta:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    like = state["norm.weight"]
+    state = {key: like.new_zeros(v.shape) if v.is_meta else v for key, v in state.items()}
+    model.load_state_dict(state, assign=True)
     model.reset_scales("head")
-    return model.eval()
+    return model
 
 
 # --------------------------------------------------------------------------------------
@@ -924,19 +885,19 @@ class Tokenizer:
         with reading(f"{folder}: tokenizer"):
             self.hf = from_transformers("AutoTokenizer", folder)
             self.bos = [i for i in self.hf("a").input_ids[:1] if i == self.hf.bos_token_id]
-        self.rows, self.name, stem = config.vocab_size, template, Path(folder).resolve().name
+        self.rows, self.name = config.vocab_size, template
         if template == "auto":
-            named = (NAMES[key] for key in NAMES if re.search(key, stem.lower()))
-            self.name = "own" if self.hf.chat_template else next(named, "none")
+            stem = Path(folder).resolve().name.lower()
+            known = [NAMES[key] for key in NAMES if re.search(key, stem)]
+            self.name = "own" if self.hf.chat_template else (known + ["none"])[0]
         if self.name not in ("own", *TEMPLATES):
             raise UserError(f"--template {template}: must be auto, {', '.join(TEMPLATES)}")
         self.template = TEMPLATES.get(self.name) or self.hf.get_chat_template()
         # An answer ends with the last special token that the template adds, or with eos;
         # generation stops there, and at every eos that the checkpoint names.
-        added = self.hf.added_tokens_decoder.items()
-        special = {i for i, token in added if token.special} | {self.hf.eos_token_id}
         answer = self.encode(self.render("a", "b"))[len(self.encode(self.render("a"))) :]
-        ends = [i for i in answer if i in special][-1:] + [self.hf.eos_token_id]
+        ends = [i for i in answer if i in self.hf.added_tokens_decoder][-1:]
+        ends.append(self.hf.eos_token_id)
         for file in ("config.json", "generation_config.json"):
             eos = read_json(Path(folder) / file).get("eos_token_id")
             ends += eos if isinstance(eos, list) else [eos]
@@ -945,7 +906,7 @@ class Tokenizer:
             raise UserError(f"{folder}: no token ends a text; set eos_token_id in config.json")
         self.end, self.stop = ends[0], set(ends)
 
-    def render(self, prompt: str, answer: str | None = None) -> str:
+    def render(self, prompt: str, answer: str | None = None, unfinished=False) -> str:
         """The conversation as text: the user's message and, if given, an answer."""
         messages = [{"role": "user", "content": prompt}]
         if answer is not None:
@@ -954,7 +915,8 @@ class Tokenizer:
         with reading(f"--template {self.name}"):
             return self.hf.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False,
-                add_generation_prompt=answer is None, strftime_now=today.strftime,
+                add_generation_prompt=answer is None, continue_final_message=unfinished,
+                strftime_now=today.strftime,
             )
 
     def encode(self, text: str) -> list[int]:
@@ -966,28 +928,25 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def prompt(self, prompt: str, prefix: str = "") -> list[int]:
-        """Ids up to where the answer begins, or goes on behind its prefix."""
-        text, prefix = self.render(prompt), prefix.strip()
-        if prefix:
-            text = self.render(prompt, prefix)
-            text = text[: text.rindex(prefix) + len(prefix)]
+    def _with_bos(self, text: str) -> list[int]:
         ids = self.encode(text)
         return ids if ids[:1] == self.bos else self.bos + ids
 
+    def prompt(self, prompt: str, prefix: str = "") -> list[int]:
+        """Ids of the conversation up to where the answer begins, or behind its prefix."""
+        prefix = prefix.strip() or None
+        return self._with_bos(self.render(prompt, prefix, unfinished=prefix is not None))
+
     def pair(self, sample: Sample) -> tuple[list[int], list[int]]:
         """(prompt ids, answer ids), the whole conversation tokenised at once."""
+        answer = f"{sample.prefix} {sample.answer}".strip()
+        ids = self._with_bos(self.render(sample.prompt, answer))
         prompt = self.prompt(sample.prompt, sample.prefix)
-        ids = self.encode(self.render(sample.prompt, f"{sample.prefix} {sample.answer}".strip()))
-        ids = ids if ids[:1] == self.bos else self.bos + ids
-        n = 0
-        while n < len(prompt) and prompt[n] == ids[n]:  # a token may reach across the border
-            n += 1
+        n = len(os.path.commonprefix([prompt, ids]))  # a token may reach across the border
         if self.end not in ids[n:]:
             ids.append(self.end)
-        while ids[-1] != self.end:  # what the template writes behind the end
-            ids.pop()
-        return ids[:n], ids[n:]
+        last = len(ids) - ids[::-1].index(self.end)  # a template may write on behind the end
+        return ids[:n], ids[n:last]
 
 
 # --------------------------------------------------------------------------------------
@@ -1054,12 +1013,12 @@ class Run:
 
 def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
     """What a command starts with. The last is the run that trained the scales."""
-    config, scales, trained = read_config(run.ckpt), None, Run()
+    config, scales, trained = read_config(run.ckpt), None, Run(extend="none")
     if run.scales:
         scales, trained = read_scales(run.scales, config)
         if run.extend not in (None, trained.extend):
             raise UserError(f"--extend {run.extend}: the scales know {trained.extend}")
-    trained.extend = run.extend or trained.extend or "none"
+    trained.extend = run.extend or trained.extend
     config = extend(config, trained.extend)
     tokenizer = Tokenizer(run.ckpt, config, run.template)
     device = run.device
@@ -1068,12 +1027,12 @@ def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
     with reading(f"--device {device}"):
         torch.zeros(1, device=device)
     model = load_model(run.ckpt, config, device, DTYPES[run.dtype])
-    note(f"{run.ckpt} on {device}: context {config.max_position_embeddings:,}, extension "
-         f"{trained.extend}, template {tokenizer.name}")
+    note(f"{run.ckpt}: context {config.max_position_embeddings:,}, extension {trained.extend}, "
+         f"template {tokenizer.name}, on {device}")
     if scales:
         model.set_scales(scales)
-        note(f"{run.scales}: {METHOD[trained.mode]}, {trained.steps} steps of {trained.task}, "
-             f"{trained.length:,} tokens, template {trained.template}")
+        note(f"{run.scales}: {METHOD[trained.mode]} after {trained.steps} steps of "
+             f"{trained.task}, {trained.length:,} tokens, template {trained.template}")
     return model, tokenizer, trained
 
 
@@ -1083,22 +1042,20 @@ def full_length(config: Config) -> int:
 
 
 def train_command(run: Run) -> None:
-    model, tokenizer, opened = open_checkpoint(run)
-    c, out = model.config, run.out or "scales.safetensors"
     same_run = repr(replace(run, resume=False))
-    run = replace(
-        run, extend=opened.extend, template=tokenizer.name, length=run.length or full_length(c),
-        lr=run.lr or paper_lr(run.task, run.mode, c.num_hidden_layers),
-        checkpoint=Path(run.ckpt).resolve().name, layers=c.num_hidden_layers,
-        heads=c.num_attention_heads, head_size=c.head_dim,
-    )
-    if run.length > c.max_position_embeddings:
-        raise UserError(f"--length {run.length}: the context is {c.max_position_embeddings}")
-    task = run.task, tokenizer, run.length, run.samples, "train", run.seed, None, run.haystack
-    samples = make_samples(*task)
+    model, tokenizer, opened = open_checkpoint(run)
+    config, out = model.config, run.out or "scales.safetensors"
+    run = replace(run, extend=opened.extend, template=tokenizer.name)
+    run.length = run.length or full_length(config)
+    run.lr = run.lr or paper_lr(run.task, run.mode, config.num_hidden_layers)
+    run.checkpoint = Path(run.ckpt).resolve().name
+    run.layers, run.heads, run.head_size = heads_of(config)
+    if run.length > config.max_position_embeddings:
+        raise UserError(f"--length {run.length}: beyond the context; see --extend")
+    wanted = run.task, tokenizer, run.length, run.samples, "train", run.seed, None, run.haystack
+    samples = make_samples(*wanted)
     run.trained_on = ",".join(s.fingerprint() for s in samples)
     model.reset_scales(run.mode)
-    model.offload = run.offload
     saved, state_file = None, Path(f"{out}.state")
     if run.resume and state_file.exists():
         with reading(state_file):
@@ -1118,7 +1075,9 @@ def train_command(run: Run) -> None:
         save_scales(out, model.scales(), replace(run, steps=len(losses), loss=losses[-1]))
 
     pairs = [tokenizer.pair(s) for s in samples]
-    losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
+    in_host_memory = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+    with in_host_memory if run.offload else nullcontext():  # what Recompute keeps
+        losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
     state_file.unlink(missing_ok=True)
     print(f"{out}: {size:,} scales, loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
@@ -1139,8 +1098,8 @@ def compare(run: Run) -> dict[str, list[dict]]:
     start, avoid = time.monotonic(), trained.trained_on.split(",")
     for length, depth in product(lengths, depths):
         count = math.ceil(run.prompts / len(depths))
-        task = run.task, tokenizer, length, count, "eval", run.seed, depth, run.haystack, avoid
-        samples = make_samples(*task)
+        wanted = run.task, tokenizer, length, count, "eval", run.seed, depth, run.haystack, avoid
+        samples = make_samples(*wanted)
         for method, cells in results.items():
             if method == "base":
                 model.reset_scales("head")
@@ -1187,17 +1146,14 @@ def generate_command(run: Run) -> None:
 
 def fold_command(run: Run) -> None:
     """Write an ordinary Hugging Face folder, the scales in its weights."""
-    source, config, weights, index = Path(run.ckpt), read_config(run.ckpt), Checkpoint(run.ckpt), {}
+    source, config, index = Path(run.ckpt), read_config(run.ckpt), {}
     scales, trained = read_scales(run.scales, config)
-    stretched = extend(config, trained.extend)
-    for _ in weights.fitting(config):
-        pass  # it is this model, and whole
+    stretched, weights = extend(config, trained.extend), Checkpoint(source)
+    names = [name for _, name, _ in weights.fitting(config)]
     with whole_folder(run.out) as out:
         for path in tqdm(sorted(set(weights.files.values())), desc="folding", unit=" files"):
-            shard = {}
-            for name in [n for n, file in weights.files.items() if file == path]:
-                tensor = weights[name]
-                shard[name] = fold(name, tensor, scales).to(tensor.dtype).contiguous()
+            shard = {n: weights[n] for n in names if weights.files[n] == path}
+            shard = {n: fold(n, t, scales).to(t.dtype).contiguous() for n, t in shard.items()}
             file = path.stem.replace("pytorch_", "") + ".safetensors"
             save_file(shard, out / file, {"format": "pt"})
             index |= dict.fromkeys(shard, file)
@@ -1207,12 +1163,14 @@ def fold_command(run: Run) -> None:
                 shutil.copyfile(file, out / file.name)
         raw = read_json(source / "config.json")
         raw["tie_word_embeddings"] = "lm_head.weight" not in index
-        if trained.extend != "none":  # in the spelling that the file has
+        if trained.extend != "none":  # in the older spelling, which all releases read
             rope = {key: value for key, value in stretched.rope_scaling.items() if value}
-            raw["rope_theta"] = rope["rope_theta"] = stretched.rope_theta
-            raw["max_position_embeddings"] = stretched.max_position_embeddings
-            raw["rope_parameters" if "rope_parameters" in raw else "rope_scaling"] = rope
-            raw.pop("max_sequence_length", None)
+            plain = rope["rope_type"] == "default"
+            raw["rope_scaling"] = None if plain else rope | {"type": rope["rope_type"]}
+            for key in ("rope_theta", "max_position_embeddings"):
+                raw[key] = getattr(stretched, key)
+            for key in ("rope_parameters", "max_sequence_length"):
+                raw.pop(key, None)
         write_json(out / "config.json", raw)
     print(f"{run.out}: {METHOD[trained.mode]} folded into {config.num_hidden_layers} layers")
 
