@@ -25,6 +25,7 @@ GPUs have not been tried.
 
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -60,7 +61,8 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
-def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, batch=1):
+def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None,
+          forward=nullcontext, batch=1):
     """seal.train with a batch a step, shared out among the processes."""
     scales, losses = model.scales(), []
     group = {"params": scales, "batch": batch}  # what --resume is to find again
@@ -81,7 +83,8 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, batch=1):
     for step in bar:
         loss = scales[0].new_zeros(())
         for pair, weight in own_share(batches[step % len(batches)]):
-            part = weight * seal.answer_loss(model, *pair)
+            with forward():
+                part = weight * seal.answer_loss(model, *pair)
             part.backward()
             loss += part.detach()
         sum_over_processes([loss, *(scale.grad for scale in scales)])

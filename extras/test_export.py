@@ -4,23 +4,19 @@ tokens, llama.cpp."""
 import json
 import random
 import re
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFValueType
+from safetensors.torch import load_file
 
 import export_gguf
 import seal
 from extras.check import LlamaCpp
-from test_seal import byte_level, change_weights, logits, make, make_scales, no_o_bias
-from test_seal import other_output, plain, sp_model  # noqa: F401
+from test_seal import change_weights, logits, make, make_scales, no_o_bias
+from test_seal import other_output, sp_model  # noqa: F401
 
 # What trips tokenizers, to be strung together at random. Left out is what llama.cpp is known
 # to cut otherwise: decomposed accents (it lacks Qwen's NFC), U+3000 (deepseek-llm's \s).
@@ -61,15 +57,6 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
           "high_freq_factor": 4.0, "original_max_position_embeddings": 48}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 QWEN2, QWEN3 = transformers.Qwen2ForCausalLM, transformers.Qwen3ForCausalLM
-
-
-def other_output(weights):
-    weights["lm_head.weight"] = 0.2 * torch.randn(608, 64)
-
-
-def no_o_bias(weights):
-    for name in [name for name in weights if name.endswith("o_proj.bias")]:
-        del weights[name]
 
 
 KINDS = {  # name: (config, extension, change of the weights)
@@ -200,7 +187,7 @@ SP_KINDS = {  # name: (tokenizer_config.json, {key: value in the GGUF})
     "eos too": ({"add_eos_token": True}, {"add_eos_token": False}),
     "no space": ({"add_prefix_space": False, "added_tokens_decoder": ADDED}, {"add_space_prefix": False}),
     "others": ({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "legacy": True,
-                "added_tokens_decoder": ADDED}, {"bos_token_id": 460, "eos_token_id": 461}),
+                "added_tokens_decoder": ADDED}, {"bos_token_id": 600, "eos_token_id": 601}),
 }
 
 

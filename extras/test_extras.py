@@ -613,7 +613,7 @@ def test_two_processes_learn_what_one_does_whole_or_sharded(tmp_path, monkeypatc
     done = subprocess.run(line, timeout=200, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.stdout.count("scales, loss") == 3, done.stderr
-    assert done.stderr.count(" numbers, 5 prompts") == 4
+    assert done.stderr.count(": 5 prompts of") == 4
     errors = re.findall("extras.several: error: (.*)", done.stderr)
     assert errors == ["--batch 0: must be 1 or more", "broken"]
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))

@@ -1,23 +1,21 @@
 """GGUF in, GGUF out: what export_gguf.py leaves alone, what it scales, and what it refuses."""
 
-import json
 import random
-import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
 from gguf import GGMLQuantizationType, GGUFValueType
 
 import export_gguf
 import seal
 from extras.check import LlamaCpp
-from extras.test_export import ADDED, export, value, vocabulary_keys
-from test_seal import change_weights, logits, make, make_scales, plain, sp_model  # noqa: F401
+from extras.test_export import export, value
+from test_seal import make, make_scales, plain, sp_model  # noqa: F401
 
 # ---------------------------------------------------------------------------------------
 # From a GGUF file
