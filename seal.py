@@ -9,7 +9,7 @@ learned on short texts, is wrong for long ones.
 So learn the balance and nothing else. Freeze every weight, multiply each head's output
 by one number, and train those numbers on 50 synthetic prompts (section 4):
 
-    y = concat_h( s_h * softmax(q_h k_h^T / sqrt(d)) v_h ) W_o
+    y = concat_h( s_h * softmax(q_h k_h^T / sqrt(d)) v_h ) W_o^T
 
   SEAL-H  --mode head     one s per layer and head      32 x 32 = 1,024 for a 7B
   SEAL-C  --mode channel  one s per layer and channel   32 x 32 x 128 = 131,072
@@ -99,7 +99,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             keep = (turns - low) / (high - low)
         else:  # yarn: a ramp linear in the pair, and sharper attention
-            reach = d / (2 * math.log(b))  # pairs from one frequency to 1 / e of it
+            reach = d / (2 * math.log(b))  # pairs over which the frequency falls by e
             low = max(0, math.floor(reach * math.log(turns[0] / rope["beta_fast"])))
             high = min(d - 1, math.ceil(reach * math.log(turns[0] / rope["beta_slow"])))
             keep = 1 - (pairs - low) / max(0.001, high - low)
@@ -135,7 +135,7 @@ def rotate(x: Tensor, rope) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, causal. q (B, H, T, d), k and v (B, G, S, d)."""
-    causal = q.shape[2] > 1  # all tokens ask (T = S), or the last one does (T = 1)
+    causal = q.shape[2] > 1  # all tokens are queries (T = S), or only the newest
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 class Attention(nn.Module):
@@ -169,7 +169,7 @@ class Attention(nn.Module):
             k, v = (stored[:, :, : start + T] for stored in cache)  # (B, G, S, d)
         y = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
 
-        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o. The product is made in
+        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T. The product is made in
         # float32, as the scales are, and rounded once.
         y = y * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
@@ -226,11 +226,11 @@ class Llama(nn.Module):
             if torch.is_grad_enabled() and cache is None:
                 x = Recompute.apply(x, layer.self_attn.scale, layer, rope)
             else:
-                x = layer(x, rope, cache and cache[i], start)
+                x = layer(x, rope, cache[i] if cache else None, start)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., V). Of all positions they would be the largest tensor."""
+        """x (..., D) -> (..., V), float32. Over all T it would be the largest tensor."""
         return self.lm_head(self.norm(x)).float()
 
     def scales(self) -> list[nn.Parameter]:
@@ -250,7 +250,7 @@ class Llama(nn.Module):
 
 class Recompute(torch.autograd.Function):
     """A block that keeps only x, and computes its inside, twenty times as large, again on
-    the way back: all but down_proj's product, whose gradient is grad @ W."""
+    the way back, except for down_proj: frozen and last, it is needed for grad @ W only."""
 
     @staticmethod
     def forward(ctx, x, scale, block, rope):
@@ -266,10 +266,10 @@ class Recompute(torch.autograd.Function):
             middle = x + block.self_attn(block.input_layernorm(x), ctx.rope)  # (B, T, D)
             y = block.post_attention_layernorm(middle)
             inside = F.silu(block.mlp.gate_proj(y)) * block.mlp.up_proj(y)
-        wanted = [block.self_attn.scale] + [x] * below  # nothing trains below block 0
-        grads = grad, grad @ block.mlp.down_proj.weight
+        wanted = [block.self_attn.scale, x] if below else [block.self_attn.scale]
+        grads = grad, grad @ block.mlp.down_proj.weight  # of middle + down_proj(inside)
         scale_grad, *x_grad = torch.autograd.grad((middle, inside), wanted, grads)
-        return (*x_grad, None)[0], scale_grad, None, None
+        return x_grad[0] if below else None, scale_grad, None, None
 
 @torch.no_grad()
 def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
@@ -304,12 +304,12 @@ class Sample:
     prompt: str
     answer: str
     expected: int | str | list[str] | None = None
-    prefix: str = ""  # the answer's beginning, given and not learned
+    prefix: str = ""  # given behind the prompt, not learned: how `answer` is begun
 
     def score(self, text: str) -> float:
         """How right a text is, 0 to 1. A number: it is the text's last one (LongEval).
         Texts: the share that it contains, ignoring case (RULER). None: the share of the
-        answer's words that it contains (ROUGE-1 recall)."""
+        answer's words that it contains (ROUGE-1 recall; the question alone gets near 0.5)."""
         if isinstance(self.expected, int):
             numbers = re.findall(r"-?\d+" if self.expected < 0 else r"\d+", text)
             return float(numbers != [] and int(numbers[-1][:4000]) == self.expected)
@@ -321,7 +321,7 @@ class Sample:
         return (wanted & found).total() / max(1, wanted.total())
 
     def fingerprint(self) -> str:
-        """By which scales remember what they were trained on."""
+        """Stored with scales, so that none is tested on what it was trained on."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
 def largest_fit(make, tokenizer, length, limit) -> Sample:
@@ -366,7 +366,7 @@ def lines_sample(rng, tokenizer, length, depth=None):
 
     return largest_fit(make, tokenizer, length, limit)
 
-# Needle in a haystack. No model could know the needles to train on, as in the paper.
+# Needle in a haystack. The training needles are invented, as the paper's: none is known.
 NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing to do in {}?"
 TEST_NEEDLE = "San Francisco", "eat a sandwich and sit in Dolores Park on a sunny day"
 CITIES = "Paris London Rome Vienna Oslo Madrid Lisbon Dublin Athens Prague".split()
@@ -418,7 +418,7 @@ def read_jsonl(path):
                 expected, prefix = case["outputs"], case.get("answer_prefix", "")
                 answer = answer or ", ".join(expected)
             sample = Sample(prompt, answer, expected, prefix)
-            sample.score((prompt + prefix + answer).encode().decode())  # all of their kind?
+            sample.score((prompt + prefix + answer).encode().decode())  # fails on no text
             if not prompt.strip() or not answer.strip():
                 raise ValueError("prompt and answer must not be empty")
             samples.append(sample)
@@ -431,13 +431,14 @@ def make_samples(
     The answer stands at `depth` percent or anywhere. split ("train", "eval") is part of
     the seed. Prompts in `avoid` (fingerprints of what was trained on) are left out."""
     samples = []
-    for i in range(count):
-        rng = random.Random(f"{task} {split} {seed} {length} {i}")
-        if task == "lines":
-            samples.append(lines_sample(rng, tokenizer, length, depth))
-        elif task == "needle":
-            samples.append(needle_sample(rng, tokenizer, length, split, depth, haystack))
-    if not samples:
+    if task in ("lines", "needle"):
+        for i in range(count):
+            rng = random.Random(f"{task} {split} {seed} {length} {i}")
+            if task == "lines":
+                samples.append(lines_sample(rng, tokenizer, length, depth))
+            else:
+                samples.append(needle_sample(rng, tokenizer, length, split, depth, haystack))
+    else:
         samples = read_jsonl(task)
         random.Random(seed).shuffle(samples)
     samples = [s for s in samples if s.fingerprint() not in avoid][:count]
@@ -451,7 +452,7 @@ def make_samples(
 # ---- 3. Training ---------------------------------------------------------------------
 
 def paper_lr(task, mode, layers):
-    """The paper's (section 6, appendix A)."""
+    """The paper's learning rate (section 6, appendix A)."""
     if task == "needle":  # it says 4e-2 and 5e-2, and not which is whose
         return 4e-2 if mode == "head" else 5e-2
     return 1e-2 if mode == "head" and layers < 40 else 2e-2  # 40 layers: a 13B
@@ -470,8 +471,9 @@ def answer_loss(model, prompt, answer):
 def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, forward=nullcontext):
     """Learn the model's scales on pairs (prompt ids, answer ids), as the paper does: AdamW
     at a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
-    that share of the way back to 1. A run goes on from what `keep` stored as `saved`.
-    forward: a context for the way there, which decides where Recompute's x is kept."""
+    that share of the way back to 1 each step. keep(losses, optimizer) may store the state;
+    with it as `saved`, and its scales in the model, a run goes on. forward: a context such
+    as torch.autograd.graph.save_on_cpu, which then has what Recompute keeps."""
     if not 0 < lr < 1 or not 0 <= pull < 1:
         raise UserError(f"--lr {lr}, --pull {pull}: must be between 0 and 1")
     scales, losses = model.scales(), []
@@ -501,16 +503,17 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, forward=n
 
 def evaluate(model, tokenizer, samples, max_new_tokens=100, desc=""):
     """Greedy answers, judged: {"prompts", "correct" (score > 0.5), "score" (mean)}."""
-    scores = []
+    scores, window = [], model.config.sliding_window or 2**24
     for sample in tqdm(samples, desc=desc, unit="prompt"):
         prompt = tokenizer.prompt(sample.prompt, sample.prefix)
-        ids = generate(model, prompt, max_new_tokens, tokenizer.stop)
+        new = min(max_new_tokens, window - len(prompt))
+        ids = generate(model, prompt, new, tokenizer.stop)
         scores.append(sample.score(tokenizer.decode(ids)))
     n, correct = len(scores), sum(score > 0.5 for score in scores)
     return {"prompts": n, "correct": correct, "score": sum(scores) / n}
 
 def score_table(results):
-    """{method: cells} as a table of scores."""
+    """{method: cells}, an evaluation with its length and depth each, as a table."""
     from tabulate import tabulate
 
     rows = []
@@ -526,10 +529,14 @@ def plot_scores(path, results):
 
     figure, ax = plt.subplots(layout="constrained")
     for method, cells in results.items():
-        x = [cell["length"] for cell in cells]
-        tests = [binomtest(cell["correct"], cell["prompts"]) for cell in cells]
+        right, asked = Counter(), Counter()  # by length, all depths together
+        for cell in cells:
+            right[cell["length"]] += cell["correct"]
+            asked[cell["length"]] += cell["prompts"]
+        tests = [binomtest(right[length], asked[length]) for length in asked]
+        x, bands = list(asked), [t.proportion_ci(method="wilson") for t in tests]
         ax.plot(x, [test.statistic for test in tests], "o-", label=method)
-        ax.fill_between(x, *zip(*(t.proportion_ci(method="wilson") for t in tests)), alpha=0.2)
+        ax.fill_between(x, *zip(*bands), alpha=0.2)
     ax.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
     ax.legend()
     with whole_file(path) as unfinished:
@@ -539,7 +546,8 @@ def plot_scores(path, results):
 
 def fold(name, tensor, scales, rows=slice(None)):
     """These rows of the checkpoint's tensor `name`, scaled if it is an o_proj weight.
-    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c (paper, section 4)."""
+    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c (paper, section 4).
+    v_proj's rows would do only where each query head has a value head of its own."""
     match = re.search(r"layers\.(\d+)\.self_attn\.o_proj\.weight$", name)
     if not match or not scales:
         return tensor[rows]
@@ -565,11 +573,11 @@ def read_scales(path, config=None) -> tuple[list[Tensor], "Run"]:
         size = run.heads * (run.head_size if run.mode == "channel" else 1)
         if not scales or not all(s.shape == (size,) and s.isfinite().all() for s in scales):
             raise ValueError(f"holds no {run.layers} x {size} finite numbers")
-        made = own = run.layers, run.heads, run.head_size
         if config:
+            made = run.layers, run.heads, run.head_size
             own = config.num_hidden_layers, config.num_attention_heads, config.head_dim
-        if made != own:
-            raise ValueError(f"scales of {made} layers, heads, size; the model's {own}")
+            if made != own:
+                raise ValueError(f"made for {made} layers, heads, head size, not {own}")
     return scales, run
 
 # ---- 6. Checkpoints ------------------------------------------------------------------
