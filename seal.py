@@ -558,7 +558,9 @@ def fold(name, tensor, scales, rows=slice(None)):
 def save_scales(path, scales, run: "Run"):
     """layers.{i}.scale, float32, (H,) or (H * d,), and as metadata their run."""
     tensors = {f"layers.{i}.scale": s.detach().float().cpu() for i, s in enumerate(scales)}
-    facts = {key: str(v) for key, v in asdict(run).items() if type(v) in (str, int, float)}
+    paths = dict.fromkeys(("ckpt", "out", "haystack"))  # this machine's own, not facts
+    facts = asdict(replace(run, **paths)).items()
+    facts = {key: str(v) for key, v in facts if type(v) in (str, int, float)}
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, facts | {"format": "seal-1"}))
 
