@@ -558,8 +558,7 @@ def fold(name, tensor, scales, rows=slice(None)):
 def save_scales(path, scales, run: "Run"):
     """layers.{i}.scale, float32, (H,) or (H * d,), and as metadata their run."""
     tensors = {f"layers.{i}.scale": s.detach().float().cpu() for i, s in enumerate(scales)}
-    paths = dict.fromkeys(("ckpt", "out", "haystack"))  # this machine's own, not facts
-    facts = asdict(replace(run, **paths)).items()
+    facts = asdict(replace(run, ckpt=None, out=None, haystack=None)).items()  # no paths
     facts = {key: str(v) for key, v in facts if type(v) in (str, int, float)}
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, facts | {"format": "seal-1"}))
@@ -669,8 +668,8 @@ def read_config(folder):
             raise ValueError(f"is quantised, or no supported Llama, Mistral, Qwen: {raw}")
         return Config(**own)
 
-def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, memory-mapped."""
+def open_weights(path):
+    """{name: tensor} of a file, memory-mapped."""
     with reading(path):
         if path.suffix == ".bin":
             return torch.load(path, "cpu", weights_only=True, mmap=True)
@@ -688,7 +687,11 @@ class Checkpoint:
             raise UserError(f"{folder}: has no model*.safetensors or pytorch_model*.bin")
 
     def __getitem__(self, name):
-        return open_weights(self.files[name])[name]  # anew: memory goes with the tensor
+        path = self.files[name]  # opened anew: its memory goes with the tensor
+        if path.suffix == ".bin":
+            return open_weights(path)[name]
+        with reading(path), safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
 
     def fitting(self, config: Config):
         """(name in the model, in the files, tensor) of every weight. Files may leave out
@@ -915,8 +918,7 @@ def train_command(run: Run):
 
     forward = nullcontext
     if run.offload:
-        pinned = torch.cuda.is_available()
-        forward = partial(torch.autograd.graph.save_on_cpu, pin_memory=pinned)
+        forward = partial(torch.autograd.graph.save_on_cpu, torch.cuda.is_available())
     pairs = [tokenizer.pair(s) for s in samples]
     losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep, forward)
     state_file.unlink(missing_ok=True)
@@ -950,8 +952,7 @@ def compare(run: Run):
             model.set_scales(scales)
             if method == "base":
                 model.reset_scales("head")
-            about = run.max_new_tokens, f"{method} {length}"
-            cell = evaluate(model, tokenizer, samples, *about)
+            cell = evaluate(model, tokenizer, samples, run.max_new_tokens, f"{method} {length}")
             results[method].append({"length": length, "depth": depth} | cell)
         report["seconds"] = round(time.monotonic() - start, 1)
         if run.json:
@@ -998,8 +999,7 @@ def fold_command(run: Run):
                     shard[name] = fold(name, tensor, scales).to(tensor.dtype).contiguous()
             save_file(shard, out / file, {"format": "pt"})
             index |= dict.fromkeys(shard, file)
-        about = {"metadata": {}, "weight_map": index}
-        write_json(out / "model.safetensors.index.json", about)
+        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
         for pattern in ("*.json", "*.jinja", "*.model", "*.txt"):
             for file in source.glob(pattern):
                 if "index" not in file.name:
@@ -1031,18 +1031,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def add_flags(self, names):
+        for f in fields(Run):
+            if f.name in names or f"{f.name}!" in names:
+                option, must = "--" + f.name.replace("_", "-"), f"{f.name}!" in names
+                kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+                self.add_argument(option, default=f.default, required=must, **kind, **f.metadata)
+
 def main(arguments=None):
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, flags) in COMMANDS.items():
-        command = commands.add_parser(name)
-        for f in fields(Run):
-            if f.name in flags.replace("!", "").split():
-                kind = {"type": f.type, "required": f"{f.name}!" in flags}
-                if f.type is bool:
-                    kind = {"action": "store_true"}
-                option = "--" + f.name.replace("_", "-")
-                command.add_argument(option, default=f.default, **kind, **f.metadata)
+        commands.add_parser(name).add_flags(flags.split())
     chosen = vars(parser.parse_args(arguments))
     COMMANDS[chosen.pop("command")][0](Run(**chosen))
 

@@ -20,7 +20,6 @@ the toy, at the end of its context, 32,768 numbers of LoRA answer 133 of 200 pro
 import shutil
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -133,10 +132,7 @@ def train(run: seal.Run, method: str) -> None:
 def main(arguments=None) -> None:
     parser = seal.Parser("extras.baselines", description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHOD, required=True)
-    for f in fields(seal.Run):
-        if f.name in FLAGS.split():
-            option = {"type": f.type, "default": f.default} | f.metadata
-            parser.add_argument(f"--{f.name}", **option)
+    parser.add_flags(FLAGS.split())
     run = vars(parser.parse_args(arguments))
     method = run.pop("method")
     train(seal.Run(**run), method)

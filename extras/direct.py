@@ -18,7 +18,6 @@ heads 6 and 7 (+40 and +29), which pruning finds helpful, too (extras.heads).
 """
 
 import sys
-from dataclasses import fields
 
 import torch
 from tabulate import tabulate
@@ -125,9 +124,7 @@ def plot(path, stages: dict[str, Tensor], right: str, wrong: str) -> None:
 
 def main(arguments=None) -> None:
     parser = seal.Parser(prog="extras.direct", description=__doc__.splitlines()[0])
-    for f in fields(seal.Run):
-        if f.name in FLAGS:
-            parser.add_argument(f"--{f.name}", default=f.default, type=f.type, **f.metadata)
+    parser.add_flags(FLAGS)
     run = seal.Run(**vars(parser.parse_args(arguments)))
     if not run.scales:
         raise UserError("--scales: is needed, to compare the base with")

@@ -30,7 +30,6 @@ heads times 1.1 answer 0.52 instead of 0.40 at 464 tokens.
 """
 
 import sys
-from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -225,10 +224,7 @@ def low_and_high(text: str) -> tuple[float, float]:
 
 def main(arguments=None) -> None:
     parser = seal.Parser(prog="extras.heads", description=__doc__.splitlines()[0])
-    for f in fields(seal.Run):
-        if f.name in FLAGS:
-            flag = "--" + f.name.replace("_", "-")
-            parser.add_argument(flag, default=f.default, type=f.type, **f.metadata)
+    parser.add_flags(FLAGS)
     parser.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"])
     parser.add_argument("--channels", metavar="L.H", type=layer_and_head)
     parser.add_argument("--quadrants", metavar="LOW,HIGH", type=low_and_high)

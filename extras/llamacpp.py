@@ -21,7 +21,6 @@ import http.client
 import json
 import math
 import sys
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -166,10 +165,7 @@ FLAGS = "ckpt template task haystack seed lengths depths prompts max_new_tokens 
 def main(arguments=None) -> None:
     parser = seal.Parser("extras.llamacpp", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", metavar="FILE.gguf")
-    for f in fields(seal.Run):
-        if f.name in FLAGS:
-            flag = "--" + f.name.replace("_", "-")
-            parser.add_argument(flag, default=f.default, type=f.type, **f.metadata)
+    parser.add_flags(FLAGS)
     parser.add_argument("--threads", type=int, default=0, help="0: llama.cpp's choice")
     parser.add_argument("--chat", action="store_true", help="ask the chat endpoint, too")
     args = parser.parse_args(arguments)

@@ -28,7 +28,6 @@ import re
 import string
 import sys
 from bisect import bisect_right
-from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -256,10 +255,7 @@ FLAGS = "ckpt template length samples seed haystack out".split()  # as in seal.p
 def main(arguments=None) -> None:
     parser = seal.Parser("extras.ruler", description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, choices=ROOM)
-    for f in fields(seal.Run):
-        if f.name in FLAGS:
-            option = f"--{f.name}"
-            parser.add_argument(option, default=f.default, type=f.type, **f.metadata)
+    parser.add_flags(FLAGS)
     args = parser.parse_args(arguments)
 
     config = seal.read_config(args.ckpt)
