@@ -275,7 +275,7 @@ def vocabulary(tokenizer: seal.Tokenizer, rows: int) -> dict:
 # ---- 4. From a folder ----------------------------------------------------------------
 
 SIZES = {  # in the metadata, and in Config
-    "context_length": "max_position_embeddings",
+    "context_length": "context",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
@@ -303,7 +303,7 @@ def story(run) -> dict:
 def from_folder(folder: Path, config: seal.Config, scales, run, outfile, kind) -> str:
     """Write a folder's GGUF file; returns what to say of its tensors."""
     arch = seal.read_json(folder / "config.json").get("model_type")
-    arch = arch if arch in ("qwen2", "qwen3") else "llama"
+    arch = "qwen2" if arch == "qwen2" else "llama"
     name = folder.resolve().name
     keys = {
         "general.architecture": arch,
@@ -342,10 +342,10 @@ def read_source(path: Path, reader: gguf.GGUFReader) -> tuple[str, seal.Config]:
     with seal.reading(path):
         for key, field in reader.fields.items():
             if not key.startswith("tokenizer."):
-                keys[re.sub("^(llama|qwen[23])[.]", "", key)] = field.contents()
+                keys[re.sub("^(llama|qwen2)[.]", "", key)] = field.contents()
         arch, parts = keys.get("general.architecture"), keys.get("split.count", 1)
-        if arch not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(f"is a {arch!r}, not a llama, qwen2 or qwen3")
+        if arch not in ("llama", "qwen2"):
+            raise ValueError(f"is a {arch!r}, not a llama or qwen2")
         if parts > 1:
             raise ValueError(f"is one of {parts} parts; join them: llama-gguf-split --merge")
         heads = keys["attention.head_count"]
@@ -405,7 +405,7 @@ def from_gguf(path: Path, reader, config, extended, arch, scales, run, outfile) 
         if any(t.name == "rope_freqs.weight" for t in reader.tensors):
             raise UserError(f"{path}: to extend it, make a folder of it (extras.convert)")
         new |= rope(extended, arch)[0]
-        new[f"{arch}.context_length"] = extended.max_position_embeddings
+        new[f"{arch}.context_length"] = extended.context
         gone += (f"{arch}.rope.scal",)
     entries = []
     for key, field in reader.fields.items():
@@ -467,11 +467,6 @@ def main(arguments: list[str] | None = None) -> None:
         if args.extend not in (None, spec):
             raise UserError(f"--extend {args.extend}: the scales were trained with {spec}")
     extended = seal.extend(config, spec)
-    context = extended.max_position_embeddings
-    if extended.sliding_window and extended.sliding_window < context:
-        context = extended.sliding_window
-        note(f"context cut to the sliding window, {context}, which llama.cpp lacks")
-        extended = replace(extended, max_position_embeddings=context)
 
     # Named as llama.cpp names files: BASE-seal-h-Q4_1.gguf
     name = args.ckpt.resolve().name.removesuffix(".gguf")
@@ -489,7 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{outfile}: {size}, {done}; {folded}; extension {spec}")
     if args.check:
         print(f"check: {check.check(outfile, args.ckpt, extended, scales, run)}")
-    print(f"try: llama-server -m {outfile} -c {context}")
+    print(f"try: llama-server -m {outfile} -c {extended.context}")
 
 
 if __name__ == "__main__":

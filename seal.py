@@ -39,15 +39,16 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}  # --mode, and the paper's name for it
@@ -57,7 +58,7 @@ TOY = ASSETS / "toy-llama"
 class UserError(Exception):
     """A mistake the user can mend, told in one line."""
 
-# ---- 1. Model ------------------------------------------------------------------------
+# ---- 1. Model ----
 
 @dataclass(frozen=True)
 class Config:
@@ -70,23 +71,20 @@ class Config:
     num_attention_heads: int  # H: query heads, the ones that SEAL scales
     num_key_value_heads: int  # G: each serves H / G query heads
     head_dim: int  # d; H * d need not be D
-    max_position_embeddings: int  # the context in tokens
+    context: int  # tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # b: base of the rotary frequencies
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
-    sliding_window: int | None = None
     tie_word_embeddings: bool = False  # the output matrix is the embedding
     attention_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # as Qwen3 has it
 
 # RoPE turns pair i of a head's channels by position * freq_i, so that q . k depends on
 # the distance only. The first pair turns fastest, by 1 radian a token.
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}  # its defaults
-
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Frequencies (d/2,) in radians a token, and a factor on cos and sin (YaRN's)."""
-    d, b, rope = config.head_dim, config.rope_theta, YARN | config.rope_scaling
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}  # its defaults
+    d, b, rope = config.head_dim, config.rope_theta, yarn | config.rope_scaling
     kind, s, magnitude = rope["rope_type"], rope.get("factor", 1.0), 1.0
     pairs = torch.arange(d // 2, dtype=torch.float64, device="cpu")
     freq = b ** (-2 * pairs / d)
@@ -115,17 +113,17 @@ def extend(config: Config, spec: str) -> Config:
     """
     if spec == "none":
         return config
-    if not re.fullmatch(r"(ntk|linear|yarn):[1-9]\d{0,3}(\.\d+)?", spec):
-        raise UserError(f"--extend {spec}: must be none, ntk:S, linear:S or yarn:S")
-    kind, _, factor = spec.partition(":")
-    s, d, context = float(factor), config.head_dim, config.max_position_embeddings
-    config = replace(config, max_position_embeddings=int(context * s))
-    if kind == "ntk":
-        return replace(config, rope_theta=config.rope_theta * s ** (d / (d - 2)))
-    if config.rope_scaling["rope_type"] != "default":
-        raise UserError(f"--extend {spec}: is stretched already; use ntk:{factor}")
-    rope = {"rope_type": kind, "factor": s, "original_max_position_embeddings": context}
-    return replace(config, rope_scaling=rope)
+    match = re.fullmatch(r"(ntk|linear|yarn):([1-9]\d{0,3}(?:\.\d+)?)", spec)
+    stretched = config.rope_scaling["rope_type"] != "default"
+    if not match or (stretched and match[1] != "ntk"):
+        raise UserError(f"--extend {spec}: must be none, ntk:S, or linear:S or yarn:S, which a "
+                        "model that is stretched already cannot have")
+    s, d, context = float(match[2]), config.head_dim, config.context
+    rope = {"rope_type": match[1], "factor": s, "original_max_position_embeddings": context}
+    changes = {"rope_scaling": rope}
+    if match[1] == "ntk":
+        changes = {"rope_theta": config.rope_theta * s ** (d / (d - 2))}
+    return replace(config, context=int(context * s), **changes)
 
 def rotate(x: Tensor, rope) -> Tensor:
     """Turn x's pairs (i, i + d/2), x (B, heads, T, d), by rope: cos and sin (T, d/2)."""
@@ -150,19 +148,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, G * d, bias=bias)
         self.v_proj = nn.Linear(D, G * d, bias=bias)
         self.o_proj = nn.Linear(H * d, D, bias=bias)
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.scale = nn.Parameter(torch.ones(H))  # s: (H,), or (H * d,) for SEAL-C
 
     def forward(self, x: Tensor, rope, cache=None, start=0) -> Tensor:
         """x (B, T, D) -> (B, T, D). cache: k and v, filled up to `start`."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, d)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, G, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, d)
-        q, k = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             cache[0][:, :, start : start + T] = k
             cache[1][:, :, start : start + T] = v
@@ -211,22 +205,22 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
         self.frequencies, self.magnitude = rope_frequencies(config)
+        self.offload = False  # training keeps the blocks' inputs in host memory
 
     def forward(self, tokens: Tensor, cache=None, start=0) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block (B, T, D).
         cache: per layer, room for k and v (B, G, any size, d), filled up to `start`."""
-        end, window = start + tokens.shape[1], self.config.sliding_window
-        if window and end > window:
-            raise UserError(f"{end} tokens exceed the sliding window of {window}")
         x = self.embed_tokens(tokens)  # (B, T, D)
-        positions = torch.arange(start, end, device=x.device)
+        positions = torch.arange(start, start + tokens.shape[1], device=x.device)
         angles = positions[:, None] * self.frequencies.to(x.device)  # (T, d/2)
         rope = [(self.magnitude * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin)]
-        for i, layer in enumerate(self.layers):
-            if torch.is_grad_enabled() and cache is None:
-                x = Recompute.apply(x, layer.self_attn.scale, layer, rope)
-            else:
-                x = layer(x, rope, cache[i] if cache else None, start)
+        training = torch.is_grad_enabled() and cache is None
+        with save_on_cpu() if self.offload else nullcontext():
+            for i, layer in enumerate(self.layers):
+                if training:  # keeps x, and computes the rest again on the way back
+                    x = checkpoint(layer, x, rope, use_reentrant=False)
+                else:
+                    x = layer(x, rope, cache[i] if cache else None, start)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -248,29 +242,6 @@ class Llama(nn.Module):
         H, d = self.config.num_attention_heads, self.config.head_dim
         self.set_scales([torch.ones(H if mode == "head" else H * d) for _ in self.layers])
 
-class Recompute(torch.autograd.Function):
-    """A block that keeps only x, and computes its inside, twenty times as large, again on
-    the way back, except for down_proj: frozen and last, it is needed for grad @ W only."""
-
-    @staticmethod
-    def forward(ctx, x, scale, block, rope):
-        ctx.block, ctx.rope = block, rope
-        ctx.save_for_backward(x)
-        return block(x, rope)
-
-    @staticmethod
-    def backward(ctx, grad):
-        block, (x,), below = ctx.block, ctx.saved_tensors, ctx.needs_input_grad[0]
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(below)
-            middle = x + block.self_attn(block.input_layernorm(x), ctx.rope)  # (B, T, D)
-            y = block.post_attention_layernorm(middle)
-            inside = F.silu(block.mlp.gate_proj(y)) * block.mlp.up_proj(y)
-        wanted = [block.self_attn.scale, x] if below else [block.self_attn.scale]
-        grads = grad, grad @ block.mlp.down_proj.weight  # of middle + down_proj(inside)
-        scale_grad, *x_grad = torch.autograd.grad((middle, inside), wanted, grads)
-        return x_grad[0] if below else None, scale_grad, None, None
-
 @torch.no_grad()
 def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
     """Greedy continuation of a prompt (token ids), ended before a token of `stop`."""
@@ -287,15 +258,12 @@ def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
         answer += tokens
     return answer
 
-# ---- 2. Data -------------------------------------------------------------------------
+# ---- 2. Data ----
 # Random in content, exact in form (paper, section 4.1): only a balance is to be learned.
 
-ANSWER_ROOM = 48  # tokens left for the answer where a prompt fills the context
-
 def full_length(config: Config) -> int:
-    """Tokens of the longest prompt."""
-    context = config.max_position_embeddings
-    return min(context, config.sliding_window or context) - ANSWER_ROOM
+    """Tokens of a prompt that fills the context, but for room to answer."""
+    return config.context - 48
 
 @dataclass
 class Sample:
@@ -336,15 +304,7 @@ def largest_fit(make, tokenizer, length, limit) -> Sample:
     return make(n)
 
 # Line retrieval, in LongEval's wording to the letter.
-RECORD = (
-    "Below is a record of lines I want you to remember. Each line begins with "
-    "'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of the line as a "
-    "numerical value. For each line index, memorize its corresponding <REGISTER_CONTENT>. "
-    "At the end of the record, I will ask you to retrieve the corresponding "
-    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n{lines}\n"
-    "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? "
-    "I need the number."
-)
+RECORD = (ASSETS / "record.txt").read_text()  # has {lines} and, in the question, {key}
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
 LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 ADJECTIVES, NOUNS = map(str.split, (ASSETS / "words.txt").read_text().splitlines())
@@ -371,8 +331,7 @@ NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing 
 TEST_NEEDLE = "San Francisco", "eat a sandwich and sit in Dolores Park on a sunny day"
 CITIES = "Paris London Rome Vienna Oslo Madrid Lisbon Dublin Athens Prague".split()
 TRAINING_NEEDLES = [
-    (city, f"find a {ADJECTIVES[6 * i]} {NOUNS[6 * i]} and feed the {NOUNS[6 * i + 3]}")
-    for i, city in enumerate(CITIES)
+    (city, f"find the {ADJECTIVES[7 * i]} {NOUNS[5 * i]}") for i, city in enumerate(CITIES)
 ]
 
 def needle_sample(rng, tokenizer, length, split, depth, haystack):
@@ -398,9 +357,12 @@ def needle_sample(rng, tokenizer, length, split, depth, haystack):
 
     return largest_fit(make, tokenizer, length, limit)
 
+# What LongEval's and RULER's files call them.
+ALIASES = {"input": "prompt", "answer_prefix": "prefix"}
+ALIASES |= dict.fromkeys(["expected_number", "outputs"], "expected")
+
 def read_jsonl(path):
-    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix".
-    LongEval's lines (random_idx) and RULER's (outputs) are read as they are."""
+    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix"."""
     samples = []
     with reading(f"--task {path}"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -408,18 +370,16 @@ def read_jsonl(path):
         if not line.strip():
             continue
         with reading(f"{path}, line {number}"):
-            case = json.loads(line)
-            prompt, answer = case.get("prompt", case.get("input")), case.get("answer")
-            prefix, expected = case.get("prefix", ""), case.get("expected")
+            case = {ALIASES.get(key, key): value for key, value in json.loads(line).items()}
+            expected = case.get("expected")
             if "random_idx" in case:
-                expected = case["expected_number"]
-                answer = LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
-            elif "outputs" in case:
-                expected, prefix = case["outputs"], case.get("answer_prefix", "")
-                answer = answer or ", ".join(expected)
-            sample = Sample(prompt, answer, expected, prefix)
-            sample.score((prompt + prefix + answer).encode().decode())  # fails on no text
-            if not prompt.strip() or not answer.strip():
+                case["answer"] = LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
+            elif isinstance(expected, list):
+                case.setdefault("answer", ", ".join(expected))
+            sample = Sample(case["prompt"], case["answer"], expected, case.get("prefix", ""))
+            text = sample.prompt + sample.prefix + sample.answer
+            sample.score(text.encode().decode())  # fails where one of them is no text
+            if not sample.prompt.strip() or not sample.answer.strip():
                 raise ValueError("prompt and answer must not be empty")
             samples.append(sample)
     return samples
@@ -449,7 +409,7 @@ def make_samples(
             raise UserError(f"{task}: {s.prompt[:30]!r}... has more than {length} tokens")
     return samples
 
-# ---- 3. Training ---------------------------------------------------------------------
+# ---- 3. Training ----
 
 def paper_lr(task, mode, layers):
     """The paper's learning rate (section 6, appendix A)."""
@@ -457,23 +417,18 @@ def paper_lr(task, mode, layers):
         return 4e-2 if mode == "head" else 5e-2
     return 1e-2 if mode == "head" and layers < 40 else 2e-2  # 40 layers: a 13B
 
-def answer_logits(model, prompt, answer):
-    """The logits (A, V) that predict the answer, each from the token before."""
-    tokens = torch.tensor([prompt + answer[:-1]], device=model.norm.weight.device)
-    return model.logits(model(tokens)[0, -len(answer) :])  # (1, T, D) -> (A, D) -> (A, V)
-
 def answer_loss(model, prompt, answer):
     """Mean cross-entropy of the answer's tokens, in nats. The prompt does not count: its
     thousands of random tokens would drown the thirty that matter."""
-    logits = answer_logits(model, prompt, answer)
-    return F.cross_entropy(logits, torch.tensor(answer, device=logits.device))
+    tokens = torch.tensor([prompt + answer], device=model.norm.weight.device)  # (1, T + 1)
+    x = model(tokens[:, :-1])[0, -len(answer) :]  # (1, T, D) -> (A, D), a token ahead each
+    return F.cross_entropy(model.logits(x), tokens[0, -len(answer) :])
 
-def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, forward=nullcontext):
+def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None):
     """Learn the model's scales on pairs (prompt ids, answer ids), as the paper does: AdamW
     at a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
     that share of the way back to 1 each step. keep(losses, optimizer) may store the state;
-    with it as `saved`, and its scales in the model, a run goes on. forward: a context such
-    as torch.autograd.graph.save_on_cpu, which then has what Recompute keeps."""
+    with it as `saved`, and its scales in the model, a run goes on."""
     if not 0 < lr < 1 or not 0 <= pull < 1:
         raise UserError(f"--lr {lr}, --pull {pull}: must be between 0 and 1")
     scales, losses = model.scales(), []
@@ -483,8 +438,7 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, forward=n
         optimizer.load_state_dict(saved["optimizer"])
     bar = tqdm(range(len(losses), epochs * len(pairs)), "training", unit="step")
     for step in bar:
-        with forward():
-            loss = answer_loss(model, *pairs[step % len(pairs)])
+        loss = answer_loss(model, *pairs[step % len(pairs)])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -499,15 +453,14 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, forward=n
             keep(losses, optimizer)
     return losses
 
-# ---- 4. Evaluation -------------------------------------------------------------------
+# ---- 4. Evaluation ----
 
 def evaluate(model, tokenizer, samples, max_new_tokens=100, desc=""):
     """Greedy answers, judged: {"prompts", "correct" (score > 0.5), "score" (mean)}."""
-    scores, window = [], model.config.sliding_window or 2**24
+    scores = []
     for sample in tqdm(samples, desc=desc, unit="prompt"):
         prompt = tokenizer.prompt(sample.prompt, sample.prefix)
-        new = min(max_new_tokens, window - len(prompt))
-        ids = generate(model, prompt, new, tokenizer.stop)
+        ids = generate(model, prompt, max_new_tokens, tokenizer.stop)
         scores.append(sample.score(tokenizer.decode(ids)))
     n, correct = len(scores), sum(score > 0.5 for score in scores)
     return {"prompts": n, "correct": correct, "score": sum(scores) / n}
@@ -542,7 +495,7 @@ def plot_scores(path, results):
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, format="png")
 
-# ---- 5. Folding ----------------------------------------------------------------------
+# ---- 5. Folding ----
 
 def fold(name, tensor, scales, rows=slice(None)):
     """These rows of the checkpoint's tensor `name`, scaled if it is an o_proj weight.
@@ -563,25 +516,24 @@ def save_scales(path, scales, run: "Run"):
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, facts | {"format": "seal-1"}))
 
-def read_scales(path, config=None) -> tuple[list[Tensor], "Run"]:
+def read_scales(path, config: Config) -> tuple[list[Tensor], "Run"]:
     """The scales in a file, by layer, and their run; they must fit the config."""
+    own = config.num_hidden_layers, config.num_attention_heads, config.head_dim
     with reading(path), safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         if about.get("format") != "seal-1" or about.get("mode") not in METHOD:
             raise ValueError("is not a scales file; `seal.py train` writes them")
         run = Run(**{f.name: f.type(about[f.name]) for f in fields(Run) if f.name in about})
+        made = run.layers, run.heads, run.head_size
+        if made != own:
+            raise ValueError(f"made for {made} layers, heads, head size, not {own}")
         scales = [file.get_tensor(f"layers.{i}.scale") for i in range(run.layers)]
         size = run.heads * (run.head_size if run.mode == "channel" else 1)
-        if not scales or not all(s.shape == (size,) and s.isfinite().all() for s in scales):
+        if not all(s.shape == (size,) and s.isfinite().all() for s in scales):
             raise ValueError(f"holds no {run.layers} x {size} finite numbers")
-        if config:
-            made = run.layers, run.heads, run.head_size
-            own = config.num_hidden_layers, config.num_attention_heads, config.head_dim
-            if made != own:
-                raise ValueError(f"made for {made} layers, heads, head size, not {own}")
     return scales, run
 
-# ---- 6. Checkpoints ------------------------------------------------------------------
+# ---- 6. Checkpoints ----
 
 def note(*words):
     """To stderr: stdout is kept for results."""
@@ -598,23 +550,19 @@ def reading(what):
         raise UserError(f"{what}: {str(e)[:900] or type(e).__name__}") from e
 
 @contextmanager
-def whole_file(path, folder=False):
-    """Yield a path to write to, renamed when whole: nobody ever meets half a file."""
+def whole_file(path):
+    """Yield a path where a file, or a folder, is to be made; renamed when whole."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.part")
-    if path.exists() and (folder or not path.is_file()):
+    if path.is_dir():
         raise UserError(f"{path}: is there already; give a new name")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     try:
-        if folder:
-            unfinished.mkdir()
         yield unfinished
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-
-whole_folder = partial(whole_file, folder=True)
 
 def write_json(path, data):
     with whole_file(path) as unfinished:
@@ -641,20 +589,21 @@ def read_config(folder):
         raise UserError(f"{folder}: has no config.json; see python -m extras.convert")
     with reading(f"{folder}/config.json"):
         c = from_transformers("AutoConfig", folder)
-        own = {f.name: getattr(c, f.name) for f in fields(Config) if hasattr(c, f.name)}
-        own["head_dim"] = own.get("head_dim") or c.hidden_size // c.num_attention_heads
-        own.setdefault("attention_bias", c.model_type == "qwen2")
-        own["qk_norm"] = c.model_type == "qwen3"
         rope = {key: value for key, value in c.rope_parameters.items() if value is not None}
-        own |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
         # LongChat says its context elsewhere, and some with YaRN nowhere.
         context = getattr(c, "max_sequence_length", None) or c.max_position_embeddings
         if rope["rope_type"] == "yarn":
-            stretched = rope["factor"] * rope["original_max_position_embeddings"]
-            context = max(context, int(stretched))
-        own["max_position_embeddings"] = context
+            context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
+        if (getattr(c, "sliding_window", None) or context) < context:
+            raise ValueError("to stay within its sliding_window, write that as "
+                             "max_position_embeddings, and null in its place")
+        own = {f.name: getattr(c, f.name) for f in fields(Config) if hasattr(c, f.name)}
+        own.setdefault("attention_bias", c.model_type == "qwen2")
+        own["head_dim"] = own.get("head_dim") or c.hidden_size // c.num_attention_heads
+        own["context"] = int(context)
+        own["rope_theta"], own["rope_scaling"] = rope.pop("rope_theta"), rope
         if (
-            c.model_type not in ("llama", "mistral", "qwen2", "qwen3")
+            c.model_type not in ("llama", "mistral", "qwen2")
             or c.hidden_act != "silu"
             or rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
             or {"mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"} & set(rope)
@@ -697,17 +646,15 @@ class Checkpoint:
         """(name in the model, in the files, tensor) of every weight. Files may leave out
         o_proj's biases and a tied output matrix, nothing else."""
         names = {n.removeprefix("model."): n for n in self.files if "inv_freq" not in n}
-        with reading(self.folder):
-            with torch.device("meta"):  # shapes without memory
-                wanted = Llama(config).state_dict()
-            for short, name in names.items():
-                found, own = tuple(self[name].shape), tuple(wanted.pop(short, name).shape)
-                if found != own:
-                    raise ValueError(f"{name} is {found}, by config.json {own}")
-            for short in wanted:
+        with reading(self.folder), torch.device("meta"):  # shapes without memory
+            wanted = Llama(config).state_dict()
+            for short in wanted | names:
+                found = self[names[short]].shape if short in names else None
+                own = wanted[short].shape if short in wanted else None
                 tied = short == "lm_head.weight" and config.tie_word_embeddings
-                if not tied and not short.endswith((".scale", "o_proj.bias")):
-                    raise ValueError(f"the weights lack {short}")
+                optional = tied or short.endswith((".scale", "o_proj.bias"))
+                if found != own and not (found is None and optional):
+                    raise ValueError(f"{short} is {found}, by config.json {own}")
         for short, name in names.items():
             yield short, name, self[name]
 
@@ -730,7 +677,7 @@ def load_model(folder, config: Config, device="cpu", dtype=None):
     model.reset_scales("head")
     return model
 
-# ---- 7. Text -------------------------------------------------------------------------
+# ---- 7. Text ----
 
 # For checkpoints that carry none, in Jinja, as FastChat writes them.
 TEMPLATES = read_json(ASSETS / "templates.json")
@@ -764,10 +711,10 @@ class Tokenizer:
         for file in ("config.json", "generation_config.json"):
             eos = read_json(Path(folder) / file).get("eos_token_id")
             ends += eos if isinstance(eos, list) else [eos]
-        self.stop = set(ends) - {None}
-        if not self.stop:
+        ends = [i for i in ends if i is not None]
+        if not ends:
             raise UserError(f"{folder}: no token ends a text; config.json needs eos_token_id")
-        self.end = next(i for i in ends if i is not None)
+        self.end, self.stop = ends[0], set(ends)
 
     def render(self, prompt, answer="", unfinished=False):
         messages = [{"role": "user", "content": prompt}]
@@ -809,7 +756,7 @@ class Tokenizer:
         last = len(ids) - ids[::-1].index(self.end)  # templates may write on behind it
         return ids[:n], ids[n:last]
 
-# ---- 8. Commands ---------------------------------------------------------------------
+# ---- 8. Commands ----
 
 DTYPES = {"auto": None} | {n: getattr(torch, n) for n in ("float32", "float16", "bfloat16")}
 
@@ -864,37 +811,38 @@ class Run:
     loss: float = math.nan
 
 def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
-    """What a command starts with; the last is the run that trained the scales."""
-    config, scales, trained = read_config(run.ckpt), None, Run(extend=run.extend or "none")
+    """What a command starts with, and the run with what files have to say of it."""
+    config, scales = read_config(run.ckpt), None
     if run.scales:
         scales, trained = read_scales(run.scales, config)
-    if run.extend not in (None, trained.extend):
-        raise UserError(f"--extend {run.extend}: the scales know {trained.extend}")
-    config, device = extend(config, trained.extend), run.device
+        if run.extend not in (None, trained.extend):
+            raise UserError(f"--extend {run.extend}: the scales know {trained.extend}")
+        run = replace(run, mode=trained.mode, extend=trained.extend, trained_on=trained.trained_on)
+    run = replace(
+        run, extend=run.extend or "none", checkpoint=Path(run.ckpt).resolve().name,
+        layers=config.num_hidden_layers, heads=config.num_attention_heads, head_size=config.head_dim,
+    )
+    config = extend(config, run.extend)
     tokenizer = Tokenizer(run.ckpt, config, run.template)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with reading(f"--device {device}"):
-        torch.zeros(1, device=device).item()
-    model = load_model(run.ckpt, config, device, DTYPES[run.dtype])
+    if run.device == "auto":
+        run.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with reading(f"--device {run.device}"):
+        torch.zeros(1, device=run.device).item()
+    model = load_model(run.ckpt, config, run.device, DTYPES[run.dtype])
     if scales:
         model.set_scales(scales)
-    note(f"{run.ckpt} on {device}: context {config.max_position_embeddings:,}, extension "
-         f"{trained.extend}, template {tokenizer.name}, scales {run.scales}")
-    return model, tokenizer, trained
+    note(f"{run.ckpt} on {run.device}: context {config.context:,}, extension "
+         f"{run.extend}, template {tokenizer.name}, scales {run.scales}")
+    return model, tokenizer, replace(run, template=tokenizer.name)
 
 def train_command(run: Run):
     out, flags = run.out or "scales.safetensors", repr(replace(run, resume=False))
-    model, tokenizer, opened = open_checkpoint(run)
-    c, saved, state_file = model.config, None, Path(f"{out}.state")
-    run = replace(
-        run, extend=opened.extend, template=tokenizer.name, length=run.length or full_length(c),
-        layers=c.num_hidden_layers, heads=c.num_attention_heads, head_size=c.head_dim,
-        checkpoint=Path(run.ckpt).resolve().name,
-    )
+    model, tokenizer, run = open_checkpoint(run)
+    saved, state_file = None, Path(f"{out}.state")
+    run.length = run.length or full_length(model.config)
     if run.lr is None:
         run.lr = paper_lr(run.task, run.mode, run.layers)
-    if run.length > c.max_position_embeddings:
+    if run.length > model.config.context:
         raise UserError(f"--length {run.length}: beyond the context; try --extend")
     wanted = run.task, tokenizer, run.length, run.samples, "train", run.seed, None, run.haystack
     samples = make_samples(*wanted)
@@ -916,11 +864,9 @@ def train_command(run: Run):
         with whole_file(state_file) as unfinished:  # torch does not survive a full disk
             unfinished.write_bytes(buffer.getbuffer())
 
-    forward = nullcontext
-    if run.offload:
-        forward = partial(torch.autograd.graph.save_on_cpu, torch.cuda.is_available())
+    model.offload = run.offload
     pairs = [tokenizer.pair(s) for s in samples]
-    losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep, forward)
+    losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
     state_file.unlink(missing_ok=True)
     size = sum(s.numel() for s in model.scales())
     print(f"{out}: {size:,} scales, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
@@ -929,7 +875,7 @@ def compare(run: Run):
     """{method: cells} of the base, the scales or both; --json grows cell by cell."""
     if run.compare and not run.scales:
         raise UserError("--compare: needs --scales to compare with the base")
-    model, tokenizer, trained = open_checkpoint(run)
+    model, tokenizer, run = open_checkpoint(run)
     end, scales, start = full_length(model.config), model.scales(), time.monotonic()
     lengths = run.lengths or [round(end * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
     depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
@@ -937,24 +883,26 @@ def compare(run: Run):
         lengths, depths = [max(lengths)], [None]  # a file's are as they are
     if max(depth or 0 for depth in depths) > 100:
         raise UserError(f"--depths {depths}: must be percents")
-    count, avoid, cells = math.ceil(run.prompts / len(depths)), trained.trained_on.split(","), []
+    count, avoid, cells = math.ceil(run.prompts / len(depths)), run.trained_on.split(","), []
     for length, depth in product(lengths, depths):
         wanted = run.task, tokenizer, length, count, "eval", run.seed, depth, run.haystack, avoid
         cells.append((length, depth, make_samples(*wanted)))
-    methods = ["base"] * (run.compare or not run.scales) + [METHOD[trained.mode]] * bool(run.scales)
-    results = {method: [] for method in methods}
-    report = {"ckpt": run.ckpt, "scales": run.scales, "task": run.task, "extend": trained.extend}
-    report["cells"] = results[methods[-1]]
-    if run.compare:
-        report["base"] = results["base"]
+    results = {}
+    if run.compare or not run.scales:
+        results["base"] = []
+    if run.scales:
+        results[METHOD[run.mode]] = []
     for length, depth, samples in cells:
-        for method in methods:
+        for method, done in results.items():
             model.set_scales(scales)
             if method == "base":
                 model.reset_scales("head")
             cell = evaluate(model, tokenizer, samples, run.max_new_tokens, f"{method} {length}")
-            results[method].append({"length": length, "depth": depth} | cell)
-        report["seconds"] = round(time.monotonic() - start, 1)
+            done.append({"length": length, "depth": depth} | cell)
+        report = {name: getattr(run, name) for name in ("ckpt", "scales", "task", "extend")}
+        report |= {"cells": done, "seconds": round(time.monotonic() - start, 1)}
+        if run.compare:
+            report["base"] = results["base"]
         if run.json:
             write_json(run.json, report)
     return results
@@ -979,7 +927,7 @@ def demo_command(run: Run):
 def generate_command(run: Run):
     model, tokenizer, _ = open_checkpoint(run)
     ids = tokenizer.prompt(sys.stdin.read() if run.prompt == "-" else run.prompt)
-    room = model.config.max_position_embeddings - len(ids)
+    room = model.config.context - len(ids)
     if room < 1:
         raise UserError(f"--prompt: its {len(ids)} tokens fill the context")
     ids = generate(model, ids, min(run.max_new_tokens, room), tokenizer.stop)
@@ -987,30 +935,26 @@ def generate_command(run: Run):
 
 def fold_command(run: Run):
     """Write an ordinary Hugging Face folder, the scales in its weights."""
-    source, config, index = Path(run.ckpt), read_config(run.ckpt), {}
+    from huggingface_hub import save_torch_state_dict
+
+    source, config, weights = Path(run.ckpt), read_config(run.ckpt), {}
     scales, trained = read_scales(run.scales, config)
-    weights, stretched = Checkpoint(source), extend(config, trained.extend)
-    list(weights.fitting(config))  # or a UserError
-    with whole_folder(run.out) as out:
-        for path in tqdm(sorted(set(weights.files.values())), "folding", unit=" files"):
-            shard, file = {}, path.stem.replace("pytorch_", "") + ".safetensors"
-            for name, tensor in open_weights(path).items():
-                if "inv_freq" not in name:
-                    shard[name] = fold(name, tensor, scales).to(tensor.dtype).contiguous()
-            save_file(shard, out / file, {"format": "pt"})
-            index |= dict.fromkeys(shard, file)
-        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-        for pattern in ("*.json", "*.jinja", "*.model", "*.txt"):
-            for file in source.glob(pattern):
-                if "index" not in file.name:
-                    shutil.copyfile(file, out / file.name)
-        raw = read_json(source / "config.json")
-        raw["tie_word_embeddings"] = "lm_head.weight" not in index
-        if stretched != config:  # in the older spelling, which all releases read
-            for key in ("rope_theta", "rope_scaling", "max_position_embeddings"):
-                raw[key] = getattr(stretched, key)
-            for key in ("rope_parameters", "max_sequence_length"):
-                raw.pop(key, None)
+    stretched = extend(config, trained.extend)
+    for _, name, tensor in tqdm(Checkpoint(source).fitting(config), "folding", leave=False):
+        weights[name] = fold(name, tensor, scales).to(tensor.dtype)
+    raw = read_json(source / "config.json")
+    raw["tie_word_embeddings"] = "lm_head.weight" not in weights
+    if stretched != config:  # in the older spelling, which all releases read
+        raw |= {"rope_theta": stretched.rope_theta, "rope_scaling": stretched.rope_scaling}
+        raw |= {"max_position_embeddings": stretched.context}
+        for key in ("rope_parameters", "max_sequence_length"):
+            raw.pop(key, None)
+    with whole_file(run.out) as out:
+        out.mkdir()
+        for file in source.iterdir():
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
+                shutil.copyfile(file, out / file.name)
+        save_torch_state_dict(weights, out)  # in shards of 5 GB
         write_json(out / "config.json", raw)
     print(f"{run.out}: {METHOD[trained.mode]} folded into {len(scales)} layers")
 

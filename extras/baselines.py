@@ -109,7 +109,7 @@ def write_folder(ckpt, folder: Path, adapters: dict[str, nn.Module]) -> None:
 def train(run: seal.Run, method: str) -> None:
     """Learn the adapters as `seal.py train` learns scales; write the merged folder."""
     opened, tokenizer, _ = seal.open_checkpoint(run)  # says if anything is wrong
-    context, like = opened.config.max_position_embeddings, opened.norm.weight
+    context, like = opened.config.context, opened.norm.weight
     length = run.length or seal.full_length(opened.config)
     if length > context:
         raise seal.UserError(f"--length {length}: the context is {context}")
@@ -119,7 +119,8 @@ def train(run: seal.Run, method: str) -> None:
     )
     pairs = [tokenizer.pair(sample) for sample in samples]
     out = run.out or f"{Path(run.ckpt).resolve().name}-{method}"
-    with seal.whole_folder(out) as folder:
+    with seal.whole_file(out) as folder:
+        folder.mkdir()
         model = Adapted(run, like, method)
         size = sum(p.numel() for p in model.scales())
         seal.note(f"{METHOD[method]}: {size:,} numbers, {len(pairs)} prompts")

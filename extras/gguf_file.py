@@ -30,7 +30,6 @@ from export_gguf import MERGES_IGNORED, PRE_TOKENIZERS, open_gguf
 MODELS = {
     "llama": "LlamaForCausalLM",  # and Mistral's, SmolLM's, ...
     "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
 }
 
 # llama.cpp's other names for how text is cut.

@@ -51,13 +51,19 @@ FLAGS = """
 # --------------------------------------------------------------------------------------
 
 
+def answer_logits(model: seal.Llama, prompt, answer) -> Tensor:
+    """The logits (A, V) that predict the answer, each from the token before."""
+    tokens = torch.tensor([prompt + answer[:-1]], device=model.norm.weight.device)
+    return model.logits(model(tokens)[0, -len(answer) :])
+
+
 @torch.no_grad()
 def measure(model: seal.Llama, pairs) -> tuple[float, float]:
     """Mean loss, and share of answers right to the last token. A pass for each pair, where
     evaluation generates and judges: stricter, and much cheaper."""
     losses, right = [], 0
     for prompt, answer in pairs:
-        logits = seal.answer_logits(model, prompt, answer)  # (A, V)
+        logits = answer_logits(model, prompt, answer)  # (A, V)
         target = torch.tensor(answer, device=logits.device)
         losses.append(F.cross_entropy(logits, target).item())
         right += bool((logits.argmax(-1) == target).all())

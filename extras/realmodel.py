@@ -11,7 +11,6 @@ Parts, each a name that can be given to run it alone:
     format    how much of it is only the form of the answer: the answer's beginning given, or two
               solved records in front
     kept      perplexity of prose, and the share of short questions answered as before
-    needles   the San Francisco needle in prose, by depth and length, scales of lines and of needles
 
 Whatever is finished stands in --out (realmodel.json; a line per answer in realmodel-answers.jsonl
 beside it) and is not done again. Prompts are the same for all recipes. Those that recipes were
@@ -41,7 +40,6 @@ RECIPES = {  # flags of seal.py train; all on 50 prompts of 700 tokens
     "SEAL-H": ["--mode", "head", "--lr", "5e-2"],
     "SEAL-H, pull 5%": ["--mode", "head", "--lr", "5e-2", "--pull", "0.05"],
 }
-PARTS = ("lines", "format", "kept", "needles")
 ANSWER = 40  # tokens; the answer to be learned has some twenty
 
 
@@ -72,14 +70,11 @@ class Bench:
         if recipe == "base":
             self.model.reset_scales("head")
             return
-        flags = RECIPES[recipe]
-        if recipe.startswith("needles"):
-            flags = flags + ["--task", "needle", "--haystack", str(haystack(self.out.parent))]
         file = self.out.with_name(f"{recipe.replace(' ', '_').replace('%', '')}.safetensors")
         if not file.exists():
             seal.main([
                 "train", "--ckpt", self.args.ckpt, "--length", str(self.args.train_length),
-                "--out", str(file), "--dtype", self.args.dtype, "--resume", *flags,
+                "--out", str(file), "--dtype", self.args.dtype, "--resume", *RECIPES[recipe],
             ])
         self.model.set_scales(seal.read_scales(file, self.model.config)[0])
 
@@ -95,7 +90,7 @@ class Bench:
             lines.append({"cell": name, "prompt": i, "expected": expected, "said": said})
         with self.out.with_name(f"{self.out.stem}-answers.jsonl").open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-        return counted([score > 0.5 for score in scores])
+        return counted([score > 0.5 for score in scores]) | {"score": sum(scores) / len(scores)}
 
 
 def counted(right: list[bool]) -> dict:
@@ -111,16 +106,6 @@ def prose() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
-
-
-def haystack(folder: Path) -> Path:
-    """The first half of that prose as a file to hide needles in."""
-    path = folder / "haystack.txt"
-    if not path.exists():
-        texts = prose()
-        with seal.whole_file(path) as unfinished:
-            unfinished.write_text("\n\n".join(texts[: len(texts) // 2]))
-    return path
 
 
 def line_samples(bench: Bench, length: int) -> list[seal.Sample]:
@@ -139,14 +124,16 @@ def lines(bench: Bench) -> None:
     show(bench, "lines", names, bench.args.lengths)
 
 
-def show(bench: Bench, part: str, names: list[str], columns) -> None:
-    """A part's shares as a table: a row per recipe, with the 95% interval."""
+def show(bench: Bench, part: str, names: list[str], columns, score=False) -> None:
+    """A part's shares as a table: a row per recipe, with the 95% interval; or mean scores."""
     rows = []
     for recipe in names:
         cells = [bench.results["cells"][f"{part} / {recipe} / {c}"] for c in columns]
         shares = [f"{c['share']:.2f} ({c['low']:.2f}-{c['high']:.2f})" for c in cells]
+        if score:  # a prompt's is a share itself: no interval
+            shares = [f"{c['score']:.2f}" for c in cells]
         rows.append([recipe, *shares])
-    print(f"\n{part}, {bench.args.prompts} prompts a cell, 95% intervals")
+    print(f"\n{part}, {cells[0]['prompts']} prompts a cell{', 95% intervals' * (not score)}")
     print(tabulate(rows, ["", *columns], tablefmt="github", disable_numparse=True))
 
 
@@ -229,45 +216,24 @@ def kept(bench: Bench) -> None:
     print(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
 
 
-def needles(bench: Bench) -> None:
-    names, depths = ["base", bench.args.recipes[0], "needles"], (0, 25, 50, 75, 100)
-    RECIPES["needles"] = ["--mode", "channel", "--lr", "2e-2"]
-    text, columns = haystack(bench.out.parent), []
-    for length in bench.args.lengths[:2]:
-        columns += [f"{length} at {depth}%" for depth in depths]
-    for recipe in names:
-        bench.use(recipe)
-        for column in columns:
-            length, depth = int(column.split()[0]), int(column.split()[2][:-1])
-            samples = seal.make_samples("needle", bench.tokenizer, length, bench.args.prompts // 5,
-                                        "eval", bench.args.seed, depth, text)
-            bench.cell("needles", recipe, column, make=lambda name: bench.ask(name, samples))
-    show(bench, "needles", names, columns)
+PARTS = {"lines": lines, "format": format_or_retrieval, "kept": kept}
 
 
-def main(arguments=None) -> None:
-    p = seal.Parser("extras.realmodel", description=__doc__.splitlines()[0])
-    p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+def add_flags(p: seal.Parser, **default) -> None:
+    """The flags that extras.transfer has, too."""
     p.add_argument("--ckpt", required=True, help="the folder that extras.convert made")
-    p.add_argument("--quick", action="store_true", help="lines and kept, fewer prompts and lengths")
     p.add_argument("--out", type=Path, default=Path("realmodel") / "realmodel.json")
-    p.add_argument("--prompts", type=int, default=50, help="a cell")
-    p.add_argument("--lengths", default="500,1000,2000,4000")
-    p.add_argument("--recipes", default=";".join(RECIPES), help="with semicolons between")
+    p.add_argument("--prompts", type=int, default=default["prompts"], help="a cell")
+    p.add_argument("--lengths", default=default["lengths"], help="tokens")
     p.add_argument("--train-length", type=int, default=700)
-    p.add_argument("--questions", type=int, default=200)
-    p.add_argument("--windows", type=int, default=40, help="of 1,024 tokens, for perplexity")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--seed", type=int, default=0, help="of the held-out prompts")
-    args = p.parse_args(arguments)
-    if args.quick:
-        args.parts = args.parts or ["lines", "kept"]
-        args.prompts, args.lengths, args.questions, args.windows = 24, "500,1000", 40, 10
-    with seal.reading("--lengths, --recipes or a part"):
+
+
+def open_bench(args, parts: dict) -> Bench:
+    with seal.reading("--lengths or a part"):
         args.lengths = [int(n) for n in args.lengths.split(",")]
-        args.recipes = [{name: name for name in RECIPES}[r] for r in args.recipes.split(";")]
-        run = [{"lines": lines, "format": format_or_retrieval, "kept": kept, "needles": needles}[x]
-               for x in args.parts or PARTS]
+        args.parts = [{name: name for name in parts}[part] for part in args.parts or parts]
     args.out.parent.mkdir(exist_ok=True)
     opened = seal.Run(ckpt=args.ckpt, dtype=args.dtype)
     model, tokenizer, _ = seal.open_checkpoint(opened)
@@ -276,9 +242,26 @@ def main(arguments=None) -> None:
         "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype,
         "cells": {},
     }
-    bench = Bench(args, args.out, model, tokenizer, results)
-    for part in run:
-        part(bench)
+    return Bench(args, args.out, model, tokenizer, results)
+
+
+def main(arguments=None) -> None:
+    p = seal.Parser("extras.realmodel", description=__doc__.splitlines()[0])
+    p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    add_flags(p, prompts=50, lengths="500,1000,2000,4000")
+    p.add_argument("--quick", action="store_true", help="lines and kept, fewer prompts and lengths")
+    p.add_argument("--recipes", default=";".join(RECIPES), help="with semicolons between")
+    p.add_argument("--questions", type=int, default=200)
+    p.add_argument("--windows", type=int, default=40, help="of 1,024 tokens, for perplexity")
+    args = p.parse_args(arguments)
+    if args.quick:
+        args.parts = args.parts or ["lines", "kept"]
+        args.prompts, args.lengths, args.questions, args.windows = 24, "500,1000", 40, 10
+    with seal.reading("--recipes"):
+        args.recipes = [{name: name for name in RECIPES}[r] for r in args.recipes.split(";")]
+    bench = open_bench(args, PARTS)
+    for part in args.parts:
+        PARTS[part](bench)
 
 
 if __name__ == "__main__":

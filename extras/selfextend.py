@@ -44,14 +44,14 @@ def extend(config: seal.Config, spec: str) -> seal.Config:
     if not spec.startswith("self:"):
         seal.attend = plain_attend
         return plain_extend(config, spec)
-    context = config.max_position_embeddings
+    context = config.context
     match = re.fullmatch(r"self:([1-9]\d{0,3}),([1-9]\d{0,7})", spec)
     group, window = map(int, match.groups()) if match else (0, 0)
     if not 0 < window < context:
         raise seal.UserError(f"--extend {spec}: must be self:G,W, groups of G tokens and a "
                              f"window W below the context, {context}")
     seal.attend = SelfExtend(config, group, window)
-    return replace(config, max_position_embeddings=(context - window) * group + window)
+    return replace(config, context=(context - window) * group + window)
 
 
 class SelfExtend:

@@ -25,7 +25,6 @@ GPUs have not been tried.
 
 import os
 import sys
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -61,8 +60,7 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
-def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None,
-          forward=nullcontext, batch=1):
+def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, batch=1):
     """seal.train with a batch a step, shared out among the processes."""
     scales, losses = model.scales(), []
     group = {"params": scales, "batch": batch}  # what --resume is to find again
@@ -83,8 +81,7 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None,
     for step in bar:
         loss = scales[0].new_zeros(())
         for pair, weight in own_share(batches[step % len(batches)]):
-            with forward():
-                part = weight * seal.answer_loss(model, *pair)
+            part = weight * seal.answer_loss(model, *pair)
             part.backward()
             loss += part.detach()
         sum_over_processes([loss, *(scale.grad for scale in scales)])
@@ -137,20 +134,6 @@ class ShardedCheckpoint(seal.Checkpoint):
             yield short, name, tensor
 
 
-Recompute = seal.Recompute
-
-
-class ShardedRecompute(Recompute):
-    """The way back calls parts of a block and not the block: it gathers by itself."""
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.block.unshard()
-        grads = Recompute.backward(ctx, grad)
-        ctx.block.reshard()
-        return grads
-
-
 # --------------------------------------------------------------------------------------
 # The processes
 # --------------------------------------------------------------------------------------
@@ -190,7 +173,6 @@ def main(arguments=None) -> None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         ShardedLlama.mesh = dist.init_device_mesh(kind, (dist.get_world_size(),))
         seal.Llama, seal.Checkpoint = ShardedLlama, ShardedCheckpoint
-        seal.Recompute = ShardedRecompute
     try:
         seal.main(["train", *rest])
     except BaseException:

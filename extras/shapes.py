@@ -63,7 +63,8 @@ def main(arguments=None) -> None:
     types = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, default="bfloat16")
     args = parser.parse_args(arguments)
-    with seal.whole_folder(args.out) as folder:
+    with seal.whole_file(args.out) as folder:
+        folder.mkdir()
         make(folder, args.shape, seal.DTYPES[args.dtype])
     print(f"{args.out}: random weights in the shape {args.shape}")
 

@@ -34,8 +34,6 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,16 +57,13 @@ class Seal:
     def __init__(self, folder, args):
         config, dtype = seal.read_config(folder), seal.DTYPES[args.dtype]
         self.model = seal.load_model(folder, config, args.device, dtype)
-        self.keep = nullcontext
-        if args.offload:
-            self.keep = partial(torch.autograd.graph.save_on_cpu, args.device != "cpu")
+        self.model.offload = args.offload
 
     def step(self, prompt, answer):
         """Forward and backward: the loss, and the gradient of every scale."""
         self.model.reset_scales("channel")
-        with self.keep():
-            loss = seal.answer_loss(self.model, prompt, answer)
-            loss.backward()
+        loss = seal.answer_loss(self.model, prompt, answer)
+        loss.backward()
         return loss.item(), [scale.grad for scale in self.model.scales()]
 
     def answer(self, prompt, count):

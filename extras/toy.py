@@ -231,7 +231,8 @@ def pretrain(model: seal.Llama, lessons: Lessons, stages, seed: int) -> None:
 
 def make(out, seed: int = 0) -> None:
     """The toy from nothing; the folder appears when it is complete."""
-    with seal.whole_folder(out) as folder:
+    with seal.whole_file(out) as folder:
+        folder.mkdir()
         seal.write_json(folder / "config.json", ABOUT | SHAPE)
         seal.write_json(folder / "tokenizer_config.json", TOKENIZER)
         make_vocabulary(folder / "tokenizer.model", CONFIG.vocab_size)

@@ -31,6 +31,7 @@ from tabulate import tabulate
 
 import seal
 from extras import baselines
+from extras.heads import answer_logits
 from extras.toy import Lessons
 
 NAMES = {"base": "base"} | seal.METHOD | baselines.METHOD
@@ -185,7 +186,7 @@ def kept(folder: Path) -> dict:
             # Sixteen keys with their numbers, and then a key ...
             *told, (answer, _) = lessons.pairs(rng, 16, 0)[:18]  # ... and its number
             prompt = tokenizer.bos + [token for tokens, _ in told for token in tokens]
-            logits = seal.answer_logits(model, prompt, answer)  # (A, V)
+            logits = answer_logits(model, prompt, answer)  # (A, V)
             right += logits.argmax(-1).tolist() == answer
         result[name] = {"prompts": count, "right": right / count}
     rows = [{"16 bare pairs": name, "right": r["right"]} for name, r in result.items()]
