@@ -1,10 +1,10 @@
 """SEAL: Scaling to Emphasize Attention for Long-context retrieval, in one file.
 
 The paper (Lee et al., ACL 2025, arXiv 2501.15225): ask a language model for one fact in a
-long prompt. Far from its context limit it answers, near the limit it fails. It has not
-forgotten how to retrieve: switch off one attention head and accuracy moves by twenty
-points, up for some heads, down for others (section 3). The balance between heads,
-learned on short texts, is wrong for long ones.
+long prompt. Far from its context limit it answers, near the limit it fails. But switch
+off one attention head and accuracy moves by twenty points, up for some heads, down for
+others (section 3). The balance between heads, learned on short texts, is wrong for long
+ones.
 
 So learn the balance and nothing else. Freeze every weight, multiply each head's output
 by one number, and train those numbers on 50 synthetic prompts (section 4):
@@ -26,14 +26,12 @@ H query heads, G key-value heads, d channels a head, L layers, V vocabulary.
 import argparse
 import bisect
 import hashlib
-import io
 import json
 import math
 import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -77,7 +75,6 @@ class Config:
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
     tie_word_embeddings: bool = False  # the output matrix is the embedding
     attention_bias: bool = False
-    mlp_bias: bool = False
 
 # RoPE turns pair i of a head's channels by position * freq_i, so that q . k depends on
 # the distance only. The first pair turns fastest, by 1 radian a token.
@@ -116,8 +113,8 @@ def extend(config: Config, spec: str) -> Config:
     match = re.fullmatch(r"(ntk|linear|yarn):([1-9]\d{0,3}(?:\.\d+)?)", spec)
     stretched = config.rope_scaling["rope_type"] != "default"
     if not match or (stretched and match[1] != "ntk"):
-        raise UserError(f"--extend {spec}: must be none, ntk:S, or linear:S or yarn:S, which a "
-                        "model that is stretched already cannot have")
+        raise UserError(f"--extend {spec}: must be none, ntk:S or, if the model is not stretched "
+                        "already, linear:S or yarn:S")
     s, d, context = float(match[2]), config.head_dim, config.context
     rope = {"rope_type": match[1], "factor": s, "original_max_position_embeddings": context}
     changes = {"rope_scaling": rope}
@@ -173,10 +170,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
+        D, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, hidden, bias=False)
+        self.up_proj = nn.Linear(D, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, D, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -205,7 +202,6 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
         self.frequencies, self.magnitude = rope_frequencies(config)
-        self.offload = False  # training keeps the blocks' inputs in host memory
 
     def forward(self, tokens: Tensor, cache=None, start=0) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block (B, T, D).
@@ -214,13 +210,12 @@ class Llama(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=x.device)
         angles = positions[:, None] * self.frequencies.to(x.device)  # (T, d/2)
         rope = [(self.magnitude * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin)]
-        training = torch.is_grad_enabled() and cache is None
-        with save_on_cpu() if self.offload else nullcontext():
-            for i, layer in enumerate(self.layers):
-                if training:  # keeps x, and computes the rest again on the way back
-                    x = checkpoint(layer, x, rope, use_reentrant=False)
-                else:
-                    x = layer(x, rope, cache[i] if cache else None, start)
+        for i, layer in enumerate(self.layers):
+            if torch.is_grad_enabled() and cache is None:
+                # Keeps x, and computes the rest again on the way back.
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache[i] if cache else None, start)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -259,7 +254,7 @@ def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
     return answer
 
 # ---- 2. Data ----
-# Random in content, exact in form (paper, section 4.1): only a balance is to be learned.
+# Random in content, exact in form (paper, section 4.1): only a balance is learned.
 
 def full_length(config: Config) -> int:
     """Tokens of a prompt that fills the context, but for room to answer."""
@@ -289,7 +284,7 @@ class Sample:
         return (wanted & found).total() / max(1, wanted.total())
 
     def fingerprint(self) -> str:
-        """Stored with scales, so that none is tested on what it was trained on."""
+        """Stored with scales: none is tested on what it was trained on."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
 def largest_fit(make, tokenizer, length, limit) -> Sample:
@@ -326,18 +321,14 @@ def lines_sample(rng, tokenizer, length, depth=None):
 
     return largest_fit(make, tokenizer, length, limit)
 
-# Needle in a haystack. The training needles are invented, as the paper's: none is known.
+# Needle in a haystack. The needles to train on are invented, as the paper's: none is known.
 NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing to do in {}?"
-TEST_NEEDLE = "San Francisco", "eat a sandwich and sit in Dolores Park on a sunny day"
-CITIES = "Paris London Rome Vienna Oslo Madrid Lisbon Dublin Athens Prague".split()
-TRAINING_NEEDLES = [
-    (city, f"find the {ADJECTIVES[7 * i]} {NOUNS[5 * i]}") for i, city in enumerate(CITIES)
-]
+NEEDLES = [line.split("\t") for line in (ASSETS / "needles.txt").read_text().splitlines()]
+TEST_NEEDLE, *TRAINING_NEEDLES = NEEDLES  # San Francisco's sandwich, and ten
 
 def needle_sample(rng, tokenizer, length, split, depth, haystack):
-    """A needle in a text that fills `length` tokens, and its question. The text is the
-    file's, from anywhere in it and round again; the needle goes in front of the sentence
-    that `depth` %, counted in tokens, falls into."""
+    """A needle in a text that fills `length` tokens, from anywhere in the file and round
+    again, before the sentence that `depth` %, counted in tokens, falls into."""
     place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
     depth = rng.uniform(0, 100) if depth is None else depth
     with reading(f"--haystack {haystack}"):
@@ -379,34 +370,31 @@ def read_jsonl(path):
             sample = Sample(case["prompt"], case["answer"], expected, case.get("prefix", ""))
             text = sample.prompt + sample.prefix + sample.answer
             sample.score(text.encode().decode())  # fails where one of them is no text
-            if not sample.prompt.strip() or not sample.answer.strip():
-                raise ValueError("prompt and answer must not be empty")
             samples.append(sample)
     return samples
 
-def make_samples(
-    task, tokenizer, length, count, split, seed=0, depth=None, haystack=None, avoid=()
-):
-    """Up to `count` samples of a task (lines, needle, FILE.jsonl) of up to `length` tokens.
+def make_samples(run: "Run", tokenizer, length, count, split, depth=None):
+    """Up to `count` samples of run.task (lines, needle, FILE.jsonl) of up to `length` tokens.
     The answer stands at `depth` percent or anywhere. split ("train", "eval") is part of
-    the seed. Prompts in `avoid` (fingerprints of what was trained on) are left out."""
+    the seed. What the run's scales were trained on is left out."""
     samples = []
-    if task in ("lines", "needle"):
+    if run.task in ("lines", "needle"):
         for i in range(count):
-            rng = random.Random(f"{task} {split} {seed} {length} {i}")
-            if task == "lines":
-                samples.append(lines_sample(rng, tokenizer, length, depth))
+            rng = random.Random(f"{run.task} {split} {run.seed} {length} {i}")
+            if run.task == "lines":
+                sample = lines_sample(rng, tokenizer, length, depth)
             else:
-                samples.append(needle_sample(rng, tokenizer, length, split, depth, haystack))
+                sample = needle_sample(rng, tokenizer, length, split, depth, run.haystack)
+            samples.append(sample)
     else:
-        samples = read_jsonl(task)
-        random.Random(seed).shuffle(samples)
-    samples = [s for s in samples if s.fingerprint() not in avoid][:count]
+        samples = read_jsonl(run.task)
+        random.Random(run.seed).shuffle(samples)
+    samples = [s for s in samples if s.fingerprint() not in run.trained_on.split(",")][:count]
     if not samples:
-        raise UserError(f"--task {task}: holds no prompt that was not trained on")
+        raise UserError(f"--task {run.task}: holds no prompt that was not trained on")
     for s in samples:
         if len(tokenizer.prompt(s.prompt, s.prefix)) > length:
-            raise UserError(f"{task}: {s.prompt[:30]!r}... has more than {length} tokens")
+            raise UserError(f"{run.task}: {s.prompt[:30]!r}... has more than {length} tokens")
     return samples
 
 # ---- 3. Training ----
@@ -427,8 +415,8 @@ def answer_loss(model, prompt, answer):
 def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None):
     """Learn the model's scales on pairs (prompt ids, answer ids), as the paper does: AdamW
     at a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
-    that share of the way back to 1 each step. keep(losses, optimizer) may store the state;
-    with it as `saved`, and its scales in the model, a run goes on."""
+    that share of the way back to 1 each step. keep(losses, optimizer) is called after each;
+    from what it stored as `saved`, and its scales in the model, a run goes on."""
     if not 0 < lr < 1 or not 0 <= pull < 1:
         raise UserError(f"--lr {lr}, --pull {pull}: must be between 0 and 1")
     scales, losses = model.scales(), []
@@ -486,10 +474,10 @@ def plot_scores(path, results):
         for cell in cells:
             right[cell["length"]] += cell["correct"]
             asked[cell["length"]] += cell["prompts"]
-        tests = [binomtest(right[length], asked[length]) for length in asked]
-        x, bands = list(asked), [t.proportion_ci(method="wilson") for t in tests]
-        ax.plot(x, [test.statistic for test in tests], "o-", label=method)
-        ax.fill_between(x, *zip(*bands), alpha=0.2)
+        tests = [binomtest(right[n], asked[n]) for n in asked]
+        bands = [test.proportion_ci(method="wilson") for test in tests]
+        ax.plot(list(asked), [test.statistic for test in tests], "o-", label=method)
+        ax.fill_between(list(asked), *zip(*bands), alpha=0.2)
     ax.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
     ax.legend()
     with whole_file(path) as unfinished:
@@ -499,8 +487,7 @@ def plot_scores(path, results):
 
 def fold(name, tensor, scales, rows=slice(None)):
     """These rows of the checkpoint's tensor `name`, scaled if it is an o_proj weight.
-    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c (paper, section 4).
-    v_proj's rows would do only where each query head has a value head of its own."""
+    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c (paper, section 4)."""
     match = re.search(r"layers\.(\d+)\.self_attn\.o_proj\.weight$", name)
     if not match or not scales:
         return tensor[rows]
@@ -519,7 +506,7 @@ def save_scales(path, scales, run: "Run"):
 def read_scales(path, config: Config) -> tuple[list[Tensor], "Run"]:
     """The scales in a file, by layer, and their run; they must fit the config."""
     own = config.num_hidden_layers, config.num_attention_heads, config.head_dim
-    with reading(path), safe_open(path, framework="pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
         about = file.metadata() or {}
         if about.get("format") != "seal-1" or about.get("mode") not in METHOD:
             raise ValueError("is not a scales file; `seal.py train` writes them")
@@ -535,9 +522,8 @@ def read_scales(path, config: Config) -> tuple[list[Tensor], "Run"]:
 
 # ---- 6. Checkpoints ----
 
-def note(*words):
-    """To stderr: stdout is kept for results."""
-    print(*words, file=sys.stderr, flush=True)
+def note(text):
+    print(text, file=sys.stderr, flush=True)  # stdout is kept for results
 
 @contextmanager
 def reading(what):
@@ -574,7 +560,7 @@ def read_json(path):
         return dict(json.loads(Path(path).read_text("utf-8"))) if Path(path).exists() else {}
 
 def from_transformers(reader: str, folder):
-    """What AutoConfig or AutoTokenizer reads; nothing is downloaded, no code is run."""
+    """What AutoConfig or AutoTokenizer reads, offline and without running its code."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers  # slow
 
@@ -606,15 +592,14 @@ def read_config(folder):
             c.model_type not in ("llama", "mistral", "qwen2")
             or c.hidden_act != "silu"
             or rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
-            or {"mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"} & set(rope)
+            or {"mscale", "partial_rotary_factor"} & set(rope)
             or (raw.get("rope_scaling") and raw.get("rope_parameters"))
-            or raw.get("quantization_config")
             or not all(0 < own[f.name] <= 2**24 for f in fields(Config)[:8])
             or c.num_attention_heads % c.num_key_value_heads
             or own["head_dim"] % 2
             or not (0 < c.rms_norm_eps < 1 < own["rope_theta"] and c.num_hidden_layers < 1000)
         ):
-            raise ValueError(f"is quantised, or no supported Llama, Mistral, Qwen: {raw}")
+            raise ValueError(f"is no supported Llama, Mistral or Qwen2: {raw}")
         return Config(**own)
 
 def open_weights(path):
@@ -639,7 +624,7 @@ class Checkpoint:
         path = self.files[name]  # opened anew: its memory goes with the tensor
         if path.suffix == ".bin":
             return open_weights(path)[name]
-        with reading(path), safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
     def fitting(self, config: Config):
@@ -659,16 +644,14 @@ class Checkpoint:
             yield short, name, self[name]
 
 def load_model(folder, config: Config, device="cpu", dtype=None):
-    """Frozen, its scales at one. dtype None: float32 on a CPU, else the files'."""
-    weights, state = Checkpoint(folder), {}
+    """Frozen, its scales at one. dtype None: float32 on a CPU, else the files' own."""
+    state = {}
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     with torch.device("meta"):
         model = Llama(config)
-    for short, name, tensor in tqdm(weights.fitting(config), "loading", leave=False):
+    for short, _, tensor in tqdm(Checkpoint(folder).fitting(config), "loading", leave=False):
         state[short] = tensor.to(device, dtype or tensor.dtype, copy=True)
-        if not state[short].abs().max().isfinite():
-            raise UserError(f"{weights.files[name]}: {name} holds NaN or infinity")
     state.setdefault("lm_head.weight", state["embed_tokens.weight"])
     for name, value in model.state_dict().items():
         if name not in state:  # scales, and biases of o_proj that the files leave out
@@ -679,9 +662,8 @@ def load_model(folder, config: Config, device="cpu", dtype=None):
 
 # ---- 7. Text ----
 
-# For checkpoints that carry none, in Jinja, as FastChat writes them.
+# For checkpoints that carry none: what the folder's name has, and FastChat's words in Jinja.
 TEMPLATES = read_json(ASSETS / "templates.json")
-NAMES = {"vicuna|longchat": "vicuna", "llama-2.*chat": "llama-2", "mistral.*inst": "mistral"}
 # For templates that name the date: two runs must be the same.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
@@ -690,8 +672,6 @@ class Tokenizer:
     once, with BOS in front where the tokenizer itself puts it."""
 
     def __init__(self, folder, config: Config, template="auto"):
-        if template not in ("auto", "own", *TEMPLATES):
-            raise UserError(f"--template {template}: must be auto, {', '.join(TEMPLATES)}")
         self.rows, self.name = config.vocab_size, template
         with reading(f"{folder}: tokenizer and template"):
             self.hf = from_transformers("AutoTokenizer", folder)
@@ -700,9 +680,9 @@ class Tokenizer:
                 raise ValueError("there is no vocabulary")
             if template == "auto":
                 name = Path(folder).resolve().name.lower()
-                known = [NAMES[pattern] for pattern in NAMES if re.search(pattern, name)]
-                self.name = "own" if self.hf.chat_template else [*known, "none"][0]
-            self.template = TEMPLATES.get(self.name) or self.hf.get_chat_template()
+                known = [key for key in TEMPLATES if re.search(TEMPLATES[key][0], name)]
+                self.name = "own" if self.hf.chat_template else known[0]
+            _, self.template = TEMPLATES.get(self.name) or ("", self.hf.get_chat_template())
         self.bos = [i for i in ids[:1] if i == self.hf.bos_token_id]
         # An answer ends with the template's last special token, or else with eos.
         answer = self.encode(self.render("a", "b"))[len(self.encode(self.render("a"))) :]
@@ -780,7 +760,7 @@ class Run:
     task: str = flag("lines, needle or FILE.jsonl", "lines")
     mode: str = flag("a scale per head or per channel", "head", choices=METHOD)
     extend: str = flag("none, ntk:4, yarn:4, linear:4 (default: the scales' own)")
-    template: str = flag("auto, none, vicuna, llama-2, mistral", "auto")
+    template: str = flag("auto: the checkpoint's", "auto", choices=["auto", *TEMPLATES])
     haystack: str = flag("a text file to hide needles in")
     length: whole = flag("tokens of a prompt (default: all that fit)")
     lengths: wholes = flag("A,B,C tokens (default: six)")
@@ -826,9 +806,8 @@ def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
     tokenizer = Tokenizer(run.ckpt, config, run.template)
     if run.device == "auto":
         run.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with reading(f"--device {run.device}"):
-        torch.zeros(1, device=run.device).item()
-    model = load_model(run.ckpt, config, run.device, DTYPES[run.dtype])
+    with reading(f"{run.ckpt} on --device {run.device}"):
+        model = load_model(run.ckpt, config, run.device, DTYPES[run.dtype])
     if scales:
         model.set_scales(scales)
     note(f"{run.ckpt} on {run.device}: context {config.context:,}, extension "
@@ -844,8 +823,7 @@ def train_command(run: Run):
         run.lr = paper_lr(run.task, run.mode, run.layers)
     if run.length > model.config.context:
         raise UserError(f"--length {run.length}: beyond the context; try --extend")
-    wanted = run.task, tokenizer, run.length, run.samples, "train", run.seed, None, run.haystack
-    samples = make_samples(*wanted)
+    samples = make_samples(run, tokenizer, run.length, run.samples, "train")
     run.trained_on = ",".join(s.fingerprint() for s in samples)
     model.reset_scales(run.mode)
     if run.resume and state_file.exists():
@@ -857,36 +835,37 @@ def train_command(run: Run):
     note(f"{METHOD[run.mode]}: {len(samples)} prompts of {run.length:,} tokens, lr {run.lr:g}")
 
     def keep(losses, optimizer):
-        scales, buffer = model.scales(), io.BytesIO()
-        save_scales(out, scales, replace(run, steps=len(losses), loss=losses[-1]))
-        state = {"flags": flags, "losses": losses, "scales": scales}
-        torch.save(state | {"optimizer": optimizer.state_dict()}, buffer)
-        with whole_file(state_file) as unfinished:  # torch does not survive a full disk
-            unfinished.write_bytes(buffer.getbuffer())
+        save_scales(out, model.scales(), replace(run, steps=len(losses), loss=losses[-1]))
+        state = {"flags": flags, "losses": losses, "scales": model.scales()}
+        state["optimizer"] = optimizer.state_dict()
+        with reading(state_file), whole_file(state_file) as unfinished:
+            torch.save(state, unfinished)
 
-    model.offload = run.offload
     pairs = [tokenizer.pair(s) for s in samples]
-    losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
+    with save_on_cpu() if run.offload else nullcontext():
+        losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
     state_file.unlink(missing_ok=True)
     size = sum(s.numel() for s in model.scales())
     print(f"{out}: {size:,} scales, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+def draw_cells(run: Run, tokenizer, config):
+    """(length, depth, samples) of every cell of an evaluation."""
+    end = full_length(config)
+    lengths = run.lengths or [round(end * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
+    depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
+    if run.task not in ("lines", "needle"):
+        lengths, depths = [max(lengths)], [None]  # a file's are as they are
+    count, cells = math.ceil(run.prompts / len(depths)), []
+    for length, depth in product(lengths, depths):
+        cells.append((length, depth, make_samples(run, tokenizer, length, count, "eval", depth)))
+    return cells
 
 def compare(run: Run):
     """{method: cells} of the base, the scales or both; --json grows cell by cell."""
     if run.compare and not run.scales:
         raise UserError("--compare: needs --scales to compare with the base")
     model, tokenizer, run = open_checkpoint(run)
-    end, scales, start = full_length(model.config), model.scales(), time.monotonic()
-    lengths = run.lengths or [round(end * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
-    depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
-    if run.task not in ("lines", "needle"):
-        lengths, depths = [max(lengths)], [None]  # a file's are as they are
-    if max(depth or 0 for depth in depths) > 100:
-        raise UserError(f"--depths {depths}: must be percents")
-    count, avoid, cells = math.ceil(run.prompts / len(depths)), run.trained_on.split(","), []
-    for length, depth in product(lengths, depths):
-        wanted = run.task, tokenizer, length, count, "eval", run.seed, depth, run.haystack, avoid
-        cells.append((length, depth, make_samples(*wanted)))
+    cells, scales, start = draw_cells(run, tokenizer, model.config), model.scales(), time.monotonic()
     results = {}
     if run.compare or not run.scales:
         results["base"] = []
@@ -922,7 +901,6 @@ def demo_command(run: Run):
         results |= compare(replace(run, scales=scales, compare=not results))
     print(f"share of {run.prompts} prompts answered right\n{score_table(results)}")
     plot_scores(folder / "accuracy.png", results)
-    print(f"next: python export_gguf.py --scales {folder}/channel.safetensors")
 
 def generate_command(run: Run):
     model, tokenizer, _ = open_checkpoint(run)
@@ -946,7 +924,7 @@ def fold_command(run: Run):
     raw["tie_word_embeddings"] = "lm_head.weight" not in weights
     if stretched != config:  # in the older spelling, which all releases read
         raw |= {"rope_theta": stretched.rope_theta, "rope_scaling": stretched.rope_scaling}
-        raw |= {"max_position_embeddings": stretched.context}
+        raw["max_position_embeddings"] = stretched.context
         for key in ("rope_parameters", "max_sequence_length"):
             raw.pop(key, None)
     with whole_file(run.out) as out:
@@ -963,10 +941,7 @@ TASK = f"{MODEL} extend task haystack seed"
 COMMANDS = {  # and their flags, ! behind those that must be given
     "demo": (demo_command, f"{MODEL} prompts samples seed out"),
     "train": (train_command, f"{TASK} mode length samples epochs lr pull offload resume out"),
-    "eval": (
-        eval_command,
-        f"{TASK} scales compare lengths depths prompts max_new_tokens json plot",
-    ),
+    "eval": (eval_command, f"{TASK} scales compare lengths depths prompts max_new_tokens json plot"),
     "generate": (generate_command, f"{MODEL} extend scales prompt! max_new_tokens"),
     "fold": (fold_command, "ckpt scales! out!"),
 }
@@ -976,11 +951,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def add_flags(self, names):
-        for f in fields(Run):
-            if f.name in names or f"{f.name}!" in names:
-                option, must = "--" + f.name.replace("_", "-"), f"{f.name}!" in names
-                kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-                self.add_argument(option, default=f.default, required=must, **kind, **f.metadata)
+        known = {f.name: f for f in fields(Run)}
+        for name in names:
+            f, option = known[name.strip("!")], "--" + name.strip("!").replace("_", "-")
+            kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+            self.add_argument(option, default=f.default, required="!" in name, **kind, **f.metadata)
 
 def main(arguments=None):
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0])
@@ -992,7 +967,6 @@ def main(arguments=None):
 
 def run(program, main, arguments=None):
     """The exit status of main(arguments): 2, with one line, for what a user can mend."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(arguments)
         return 0

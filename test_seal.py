@@ -219,7 +219,7 @@ def draw_config(seed: int) -> dict:
     rng, kind = random.Random(seed), [LLAMA, LLAMA, LLAMA, MISTRAL, LLAMA, QWEN2][seed % 6]
     heads, groups = [(4, 4), (4, 2), (6, 2), (4, 1)][seed % 4]
     size, bias = rng.choice([6, 10, 14, 32]), rng.random() < 0.7
-    more = dict(attention_bias=bias, mlp_bias=bias) if kind is LLAMA else dict(sliding_window=None)
+    more = dict(attention_bias=bias) if kind is LLAMA else dict(sliding_window=None)
     return more | dict(
         model=kind, num_attention_heads=heads, num_key_value_heads=groups, head_dim=size,
         hidden_size=heads * size if kind is QWEN2 else rng.choice([48, 72]),
@@ -306,9 +306,9 @@ def test_loss_and_gradients_are_those_of_transformers_scaled_by_hooks(seed, sp_m
     slopes = torch.stack(torch.autograd.grad(exact, channels)).view(2, len(heads[0]), d)
     for scales in (channels, heads):
         model.set_scales(scales)
-        model.offload = scales is heads
-        loss = seal.answer_loss(model, prompt, answer)
-        grads.append(torch.stack(torch.autograd.grad(loss, model.scales())))
+        with torch.autograd.graph.save_on_cpu():
+            loss = seal.answer_loss(model, prompt, answer)
+            grads.append(torch.stack(torch.autograd.grad(loss, model.scales())))
         assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     largest = slopes.abs().max()
     assert gap(grads[0].view_as(slopes), slopes) < 1e-4 * largest
@@ -320,7 +320,7 @@ def test_loss_and_gradients_are_those_of_transformers_scaled_by_hooks(seed, sp_m
 
 @pytest.mark.parametrize("mode", seal.METHOD)
 def test_training_lowers_the_loss_moves_scales_alone_and_pull_leads_to_1(mode, model, tokenizer):
-    pairs = [tokenizer.pair(s) for s in seal.make_samples("lines", tokenizer, 208, 4, "train")]
+    pairs = [tokenizer.pair(s) for s in seal.make_samples(seal.Run(), tokenizer, 208, 4, "train")]
     model.reset_scales(mode)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = seal.train(model, pairs, lr=0.05, epochs=4)
@@ -344,9 +344,9 @@ def test_a_7b_has_the_papers_count_of_trainable_numbers_and_rates(mode, size, ra
     assert [seal.paper_lr(task, mode, layers) for task, layers in tasks] == rates
 
 
-@pytest.mark.parametrize("mode, sign", [("head", signal.SIGINT), ("channel", signal.SIGTERM)])
+@pytest.mark.parametrize("mode", seal.METHOD)
 def test_an_interrupted_run_leaves_scales_and_resumes_bit_for_bit(
-    mode, sign, plain, tmp_path, cli, monkeypatch
+    mode, plain, tmp_path, cli, monkeypatch
 ):
     def train(name, *more):
         flags = "--extend ntk:2 --length 208 --samples 4 --lr 0.05 --epochs 2 --mode".split()
@@ -355,7 +355,7 @@ def test_an_interrupted_run_leaves_scales_and_resumes_bit_for_bit(
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 6:
-            signal.raise_signal(sign)
+            signal.raise_signal(signal.SIGINT)
         return loss(*args)
 
     assert train("a") == train("c", "--seed", 1) == train("d", "--offload") == 0
@@ -382,7 +382,7 @@ def test_an_interrupted_run_leaves_scales_and_resumes_bit_for_bit(
 @pytest.mark.parametrize("mode, spec, stored, config", [
     ("channel", "ntk:4", "bin", {"head_dim": 20}),
     ("channel", "ntk:2", "old shards", {"num_key_value_heads": 1}),
-    ("head", "linear:2.5", "old bin shards", {"attention_bias": True, "mlp_bias": True}),
+    ("head", "linear:2.5", "old bin shards", {"attention_bias": True}),
     ("head", "linear:2", "", {"model": QWEN2}),
     ("channel", "yarn:4", "shards", {"model": QWEN2}),
     ("channel", "yarn:2", "old", {"tie_word_embeddings": True}),
@@ -476,7 +476,7 @@ def test_longevals_own_cases_are_read_and_the_generated_ones_are_worded_so(tmp_p
 def test_lines_fill_the_budget_with_unique_keys_uniform_numbers_and_a_uniform_question():
     places, tenths = Counter(), Counter()
     length = len(seal.RECORD.format(lines="", key="a-b").split()) + 5 * 10 + 4
-    for sample in seal.make_samples("lines", Words(), length, 600, "train"):
+    for sample in seal.make_samples(seal.Run(), Words(), length, 600, "train"):
         record = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", sample.prompt, re.M)
         asked = re.search(r"in line (.+)\? I need", sample.prompt)[1]
         places[[key for key, _ in record].index(asked)] += 1
@@ -495,7 +495,8 @@ def test_a_needle_fills_the_budget_and_lands_at_its_depth_between_sentences(
 ):
     essay.write_text(text)
     question = f"\n\n{seal.QUESTION.format('San Francisco')}"
-    for sample in seal.make_samples("needle", tokenizer, 700, 9, "eval", 0, depth, essay):
+    run = seal.Run(task="needle", haystack=essay)
+    for sample in seal.make_samples(run, tokenizer, 700, 9, "eval", depth):
         assert 650 < len(tokenizer.prompt(sample.prompt)) <= 700
         before, after = sample.prompt.removesuffix(question).split(sample.answer)
         assert re.search(r"(^|[.!?]\s+|[。！？])$", before) and not re.match(r"\S", after)
@@ -513,7 +514,8 @@ def test_prompts_are_seeded_and_none_is_tested_that_was_trained_on(task, essay, 
     Path("t.jsonl").write_text("\n".join(rows))
 
     def prints(split, seed=0, avoid=()):
-        made = seal.make_samples(task, Words(), 150, 40, split, seed, None, essay, avoid)
+        run = seal.Run(task=task, haystack=essay, seed=seed, trained_on=",".join(avoid))
+        made = seal.make_samples(run, Words(), 150, 40, split)
         return [s.fingerprint() for s in made]
 
     trained = prints("train")
@@ -536,7 +538,7 @@ def test_judges(expected, answer, text, score):
 def test_rulers_keys_are_read_and_a_prefix_is_given_and_not_learned(tokenizer, tmp_path):
     case = {"input": "Count.", "outputs": ["otter", "kid"], "answer_prefix": " Answer: They are"}
     (tmp_path / "r.jsonl").write_text(json.dumps(case))
-    (sample,) = seal.make_samples(tmp_path / "r.jsonl", tokenizer, 99, 9, "eval")
+    (sample,) = seal.make_samples(seal.Run(task=tmp_path / "r.jsonl"), tokenizer, 99, 9, "eval")
     prompt, answer = tokenizer.pair(sample)
     assert sample.score("a kid") == 0.5 and prompt == tokenizer.prompt("Count.", sample.prefix)
     assert tokenizer.decode(prompt).endswith("Answer: They are") and answer[-1] == tokenizer.end
@@ -759,22 +761,22 @@ FILE, HAY = TRAIN + " --task t.jsonl", TRAIN + " --task needle --haystack essay.
 SAY = "generate --ckpt model --max-new-tokens 2 --prompt "
 LINES = [f"{TRAIN} --{more}" for more in (
     "lenght 9", "length x", "length 12", "length 257", "samples 0", "epochs 0", "mode layer", "lr 0",
-    "lr nan", "lr 1e38", "pull 7", "extend dynamic:2", "extend ntk:0.5", "device gpu", "device meta",
+    "lr nan", "lr 1e38", "pull 7", "extend dynamic:2", "extend ntk:0.5", "device gpu",
     "template x", "template own", "out model",
     "out a/b", "task no.jsonl", "task needle", "task needle --haystack no.txt")] + [
     "", "tarin", EVAL + "999", EVAL + " --extend none", HAY.replace("train", "eval"), SAY + "ab" * 999, SAY + "\udcff",
     FOLD + " --out model", "fold --ckpt model --scales learned", "fold --ckpt model --out new",
-    EVAL + " --task needle --haystack essay.txt --depths 101", "eval --ckpt model --compare"]
+    "eval --ckpt model --compare"]
 BROKEN = {  # what a file may be instead: missing, bytes, or changes of its JSON, tensors or metadata
     "model/config.json": (TRAIN, [
         None, b"{", b"\xff\xfe{}", b"[" * 99999, {"model_type": "gpt2"}, {"hidden_act": "gelu"},
         {"sliding_window": 32, "model_type": "mistral"},
         {"hidden_size": "64"}, {"num_key_value_heads": 3}, {"head_dim": 7}, {"num_hidden_layers": 1 << 30},
-        {"quantization_config": {"bits": 4}}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "yarn", "factor": 4.0}}]),
     "model/model.safetensors": (TRAIN, [
         None, b"", b"<html>404</html>", lambda t: t.pop("model.norm.weight"),
-        lambda t: t.update(extra=torch.ones(1)), lambda t: t["model.norm.weight"].fill_(float("nan")),
+        lambda t: t.update(extra=torch.ones(1)),
         lambda t: t.update({"model.norm.weight": torch.ones(63)})]),
     "model/tokenizer.model": (TRAIN, [None, b"none"]),
     "learned": (FOLD, [
@@ -839,7 +841,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(name, good):
             config = seal.read_config("model")
             seal.read_scales("learned", config)
             seal.load_model("model", config)(torch.tensor([[1, 2]]))
-            for sample in seal.make_samples("t.jsonl", open_tokenizer("model"), 200, 9, "train"):
+            run = seal.Run(task="t.jsonl")
+            for sample in seal.make_samples(run, open_tokenizer("model"), 200, 9, "train"):
                 sample.score("1")
         except UserError:
             refused += 1
@@ -849,7 +852,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(name, good):
 def test_files_are_no_longer_than_a_person_takes_in():
     root, tests = Path(seal.__file__).parent, (1000, 50000)
     limits = dict.fromkeys(root.glob("extras/*.py"), (300, 14000)) | {
-        root / "seal.py": (1065, 53000),  # it is to become 1000 and 48000
+        root / "seal.py": (1000, 48000),
         root / "export_gguf.py": (500, 25000),
         root / "README.md": (220, 14000), root / "test_seal.py": tests,
         root / "extras/test_extras.py": tests}

@@ -114,9 +114,7 @@ def train(run: seal.Run, method: str) -> None:
     if length > context:
         raise seal.UserError(f"--length {length}: the context is {context}")
     del opened
-    samples = seal.make_samples(
-        run.task, tokenizer, length, run.samples, "train", run.seed, None, run.haystack
-    )
+    samples = seal.make_samples(run, tokenizer, length, run.samples, "train")
     pairs = [tokenizer.pair(sample) for sample in samples]
     out = run.out or f"{Path(run.ckpt).resolve().name}-{method}"
     with seal.whole_file(out) as folder:

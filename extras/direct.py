@@ -128,10 +128,9 @@ def main(arguments=None) -> None:
     run = seal.Run(**vars(parser.parse_args(arguments)))
     if not run.scales:
         raise UserError("--scales: is needed, to compare the base with")
-    model, tokenizer, trained = seal.open_checkpoint(run)
+    model, tokenizer, run = seal.open_checkpoint(run)
     scales, length = model.scales(), run.length or seal.full_length(model.config)
-    task = run.task, tokenizer, length, run.prompts, "heads", run.seed, None, run.haystack
-    samples = seal.make_samples(*task, avoid=trained.trained_on.split(","))
+    samples = seal.make_samples(run, tokenizer, length, run.prompts, "heads")
     sample, tokens, targets = find_repaired(model, tokenizer, samples, scales)
     stages = {}
     model.reset_scales("head")

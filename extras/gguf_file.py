@@ -108,7 +108,6 @@ def read_config(file: File) -> dict:
             raise ValueError(f"the metadata make {key} {value}; it must be above 0")
     if file.arch == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     for name in ("bos", "eos", "padding"):
         if file.token(name) >= 0:
             config[f"{name[:3]}_token_id"] = file.token(name)

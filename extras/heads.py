@@ -197,13 +197,9 @@ def find_sites(config: seal.Config, channels: tuple | None) -> tuple[list, list]
     return [(layer, head * d + c) for c in range(d)], [f"channel {c}" for c in range(d)]
 
 
-def draw(run: seal.Run, tokenizer, lengths, split: str, avoid) -> dict:
-    """{length: samples}, none of which is in `avoid`."""
-    samples = {}
-    for length in lengths:
-        task = run.task, tokenizer, length, run.prompts, split, run.seed, None, run.haystack
-        samples[length] = seal.make_samples(*task, avoid)
-    return samples
+def draw(run: seal.Run, tokenizer, lengths, split: str) -> dict:
+    """{length: samples}"""
+    return {n: seal.make_samples(run, tokenizer, n, run.prompts, split) for n in lengths}
 
 
 def try_quadrants(run: seal.Run, model, tokenizer, samples: dict, variants: dict) -> dict:
@@ -236,18 +232,18 @@ def main(arguments=None) -> None:
     parser.add_argument("--quadrants", metavar="LOW,HIGH", type=low_and_high)
     args = parser.parse_args(arguments)
     run = seal.Run(**{name: getattr(args, name) for name in FLAGS})
-    model, tokenizer, trained = seal.open_checkpoint(run)
-    learned, avoid = model.scales(), trained.trained_on.split(",")
+    model, tokenizer, run = seal.open_checkpoint(run)
+    learned = model.scales()
     sites, names = find_sites(model.config, args.channels)
     end = seal.full_length(model.config)
     lengths = run.lengths or [round(0.9 * end), end]  # the paper's 28K and 31K of 32K
     if len(lengths) != 2:
         raise UserError("--lengths: must be two, A,B")
 
-    samples = draw(run, tokenizer, lengths, "heads", avoid)
+    samples = draw(run, tokenizer, lengths, "heads")
     pairs = {n: [tokenizer.pair(s) for s in samples[n]] for n in samples}
     seen = {str(n): [s.fingerprint() for s in samples[n]] for n in samples}
-    about = {"ckpt": run.ckpt, "extend": trained.extend, "dtype": run.dtype}
+    about = {"ckpt": run.ckpt, "extend": run.extend, "dtype": run.dtype}
     about |= {"sites": [list(site) for site in sites], "prompts": seen}
     model.reset_scales("channel" if args.channels else "head")  # gains are the base's
     how = ["gradient", "prune"] if args.how == "both" else [args.how]
@@ -278,8 +274,9 @@ def main(arguments=None) -> None:
     if run.plot:
         plot(run.plot, names, lengths, shown, unit, maps)
     if args.quadrants:
-        avoid = [*avoid, *seen[str(lengths[0])], *seen[str(lengths[1])]]
-        samples = draw(run, tokenizer, lengths, "eval", avoid)
+        for prints in seen.values():  # nor any that was looked at
+            run.trained_on += "," + ",".join(prints)
+        samples = draw(run, tokenizer, lengths, "eval")
         variants = quadrants(model.scales(), sites, shown, *args.quadrants)
         print(seal.score_table(try_quadrants(run, model, tokenizer, samples, variants)))
 

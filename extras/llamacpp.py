@@ -19,9 +19,7 @@ wait for each other: on a busy machine --threads 1 may be several times as fast.
 
 import http.client
 import json
-import math
 import sys
-from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -85,22 +83,6 @@ class Server:
             messages.append({"role": "assistant", "content": prefix})
         reply = self.post("/v1/chat/completions", messages=messages, max_tokens=tokens)
         return reply["choices"][0]["message"]["content"].removeprefix(prefix)
-
-
-def draw(run, tokenizer, config) -> list[tuple]:
-    """(length, depth, samples) of every cell, as `seal.py eval` draws them."""
-    end = seal.full_length(config)
-    parts = 0.15, 0.3, 0.5, 0.7, 0.85, 1
-    lengths = run.lengths or [round(end * part) for part in parts]
-    depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
-    if run.task not in ("lines", "needle"):
-        lengths, depths = [max(run.lengths or [end])], [None]  # a file's own
-    cells = []
-    for length, depth in product(lengths, depths):
-        task = run.task, tokenizer, length, math.ceil(run.prompts / len(depths)), "eval"
-        samples = seal.make_samples(*task, run.seed, depth, run.haystack)
-        cells.append((length, depth, samples))
-    return cells
 
 
 def ask(path, cells, tokenizer, tokens=100, threads=0, chat=False) -> dict:
@@ -173,7 +155,7 @@ def main(arguments=None) -> None:
 
     config = seal.read_config(run.ckpt)
     tokenizer = seal.Tokenizer(run.ckpt, config, run.template)
-    cells = draw(run, tokenizer, config)
+    cells = seal.draw_cells(run, tokenizer, config)
     files = {}
     for path in args.files:
         options = run.max_new_tokens, args.threads, args.chat

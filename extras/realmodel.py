@@ -110,8 +110,8 @@ def prose() -> list[str]:
 
 def line_samples(bench: Bench, length: int) -> list[seal.Sample]:
     """The held-out records of a length: the same for every recipe."""
-    count, seed = bench.args.prompts, bench.args.seed
-    return seal.make_samples("lines", bench.tokenizer, length, count, "eval", seed)
+    run = seal.Run(seed=bench.args.seed)
+    return seal.make_samples(run, bench.tokenizer, length, bench.args.prompts, "eval")
 
 
 def lines(bench: Bench) -> None:
@@ -156,8 +156,8 @@ def format_or_retrieval(bench: Bench) -> None:
 
 def examples(bench: Bench) -> str:
     """Two short solved records, as text to stand in front of a question."""
-    solved = ""
-    for s in seal.make_samples("lines", bench.tokenizer, 260, 2, "examples", bench.args.seed):
+    solved, run = "", seal.Run(seed=bench.args.seed)
+    for s in seal.make_samples(run, bench.tokenizer, 260, 2, "examples"):
         solved += f"{s.prompt}\n{s.answer}\n\n"
     return solved
 

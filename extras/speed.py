@@ -34,12 +34,14 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
+from torch.autograd.graph import save_on_cpu
 from torch.utils.flop_counter import FlopCounterMode
 
 import seal
@@ -57,13 +59,14 @@ class Seal:
     def __init__(self, folder, args):
         config, dtype = seal.read_config(folder), seal.DTYPES[args.dtype]
         self.model = seal.load_model(folder, config, args.device, dtype)
-        self.model.offload = args.offload
+        self.keep = save_on_cpu if args.offload else nullcontext
 
     def step(self, prompt, answer):
         """Forward and backward: the loss, and the gradient of every scale."""
         self.model.reset_scales("channel")
-        loss = seal.answer_loss(self.model, prompt, answer)
-        loss.backward()
+        with self.keep():
+            loss = seal.answer_loss(self.model, prompt, answer)
+            loss.backward()
         return loss.item(), [scale.grad for scale in self.model.scales()]
 
     def answer(self, prompt, count):

@@ -65,7 +65,7 @@ KINDS = {  # name: (config, extension, change of the weights)
     "odd head size": ({"head_dim": 20}, "none", None),
     "tied": ({"tie_word_embeddings": True}, "none", None),
     "said to be tied": ({"tie_word_embeddings": True}, "none", other_output),
-    "biases": ({"attention_bias": True, "mlp_bias": True}, "none", None),
+    "biases": ({"attention_bias": True}, "none", None),
     "q k v biases": ({"attention_bias": True}, "none", no_o_bias),
     "ntk": ({}, "ntk:4", None),
     "linear": ({}, "linear:2", None),

@@ -141,7 +141,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 @pytest.mark.parametrize("kind, more", [
     ("llama", {}),
-    ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    ("llama", {"attention_bias": True, "head_dim": 32}),
     ("llama", {"rope_parameters": LLAMA3}),
     ("llama", {"rope_parameters": YARN | {"rope_theta": 1e6}}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
@@ -623,7 +623,7 @@ def test_two_processes_learn_what_one_does_whole_or_sharded(tmp_path, monkeypatc
 
     config = seal.read_config(seal.TOY)
     model, tokenizer = seal.load_model(seal.TOY, config), seal.Tokenizer(seal.TOY, config)
-    pairs = [tokenizer.pair(s) for s in seal.make_samples("lines", tokenizer, 110, 5, "train")]
+    pairs = [tokenizer.pair(s) for s in seal.make_samples(seal.Run(), tokenizer, 110, 5, "train")]
     for mode in seal.METHOD:
         model.reset_scales(mode)
         optimizer = torch.optim.AdamW(model.scales(), lr=0.05, weight_decay=0.0)
@@ -736,7 +736,7 @@ def test_llama_cpp_says_what_seal_says(tokenizer, tmp_path, capsys, monkeypatch)
     facts = json.loads(figures.read_text())["files"][str(file)]
     said = []
     for length in 130, 160:
-        for sample in seal.make_samples("lines", tokenizer, length, 2, "eval"):
+        for sample in seal.make_samples(seal.Run(), tokenizer, length, 2, "eval"):
             ids = seal.generate(model, tokenizer.prompt(sample.prompt), 16, tokenizer.stop)
             said.append(tokenizer.decode(ids).strip())
     assert [answer["said"].strip() for answer in facts["answers"]] == said
@@ -851,7 +851,7 @@ def test_tables_judge_answers_train_each_method_once_and_keep_other_figures(
 def test_a_merged_folder_computes_what_the_adapters_do(method, size, tmp_path):
     """New adapters are the base model; merged ones are rounded once, to the files' type."""
     base, tokenizer = opened(seal.TOY)
-    pair = tokenizer.pair(seal.make_samples("lines", tokenizer, 80, 1, "eval")[0])
+    pair = tokenizer.pair(seal.make_samples(seal.Run(), tokenizer, 80, 1, "eval")[0])
     adapted = baselines.Adapted(seal.Run(), base.norm.weight, method)
     assert sum(p.numel() for p in adapted.scales()) == size
     loss = seal.answer_loss(base, *pair).item()
@@ -884,7 +884,7 @@ def test_baselines_train_into_a_folder_for_every_command(tmp_path, capsys):
         made = (tmp_path / "merged" / source.name).read_bytes()
         assert (made == source.read_bytes()) == (source.suffix != ".safetensors")
     model, tokenizer = opened(tmp_path / "merged")
-    samples = seal.make_samples("lines", tokenizer, 80, 4, "eval")
+    samples = seal.make_samples(seal.Run(), tokenizer, 80, 4, "eval")
     assert seal.evaluate(model, tokenizer, samples)["correct"] >= 3
     too_long = ["--out", f"{tmp_path}/new", "--length", "513"]
     for more in ([], too_long, ["--method", "ia3"]):

@@ -43,19 +43,20 @@ from extras.toy_words import make_vocabulary
 from seal import ADJECTIVES, KEYS, LINE, LINE_ANSWER, NOUNS, RECORD
 
 SHAPE = dict(
-    vocab_size=1280, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
+    vocab_size=1280, rms_norm_eps=1e-5, rope_theta=10000.0,
     tie_word_embeddings=True, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
     num_attention_heads=8, num_key_value_heads=8, head_dim=32,
 )
 ABOUT = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "max_position_embeddings": 512,
     "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
 }
 TOKENIZER = {
     "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
     "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
 }
-CONFIG = seal.Config(**SHAPE)
+CONFIG = seal.Config(context=512, **SHAPE)
 LINES = 43  # fill its context
 STAGES = (  # name, steps, tokens a step, learning rate at the start and at the end
     ("copy", 500, 2048, 4e-3, 4e-3),

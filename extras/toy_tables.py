@@ -139,7 +139,7 @@ def errors(folder: Path) -> dict:
     result, end = {}, end_of_context()
     kinds = "right", "the last line's", "another line's", "no line's"
     for name, model, tokenizer in opened(folder):
-        samples = seal.make_samples("lines", tokenizer, end, PROMPTS, "eval")
+        samples = seal.make_samples(seal.Run(), tokenizer, end, PROMPTS, "eval")
         counts = Counter(dict.fromkeys((*kinds, "begin right"), 0))
         for sample in samples:
             prompt = tokenizer.prompt(sample.prompt)

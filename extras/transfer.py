@@ -46,7 +46,8 @@ def haystack(folder: Path) -> Path:
 
 def needles(bench: Bench) -> None:
     names, columns = ["base", "SEAL-C", "needles"], []
-    text = haystack(bench.out.parent)
+    text, count = haystack(bench.out.parent), bench.args.prompts // 5
+    run = seal.Run(task="needle", haystack=text, seed=bench.args.seed)
     flags = ["--task", "needle", "--haystack", str(text), "--samples", "10", "--lr", "5e-2"]
     RECIPES["needles"] = ["--mode", "channel", *flags]
     for length in bench.args.lengths:
@@ -55,8 +56,7 @@ def needles(bench: Bench) -> None:
         bench.use(recipe)
         for column in columns:
             length, depth = int(column.split()[0]), int(column.split()[2][:-1])
-            samples = seal.make_samples("needle", bench.tokenizer, length, bench.args.prompts // 5,
-                                        "eval", bench.args.seed, depth, text)
+            samples = seal.make_samples(run, bench.tokenizer, length, count, "eval", depth)
             bench.cell("needles", recipe, column, make=lambda name: bench.ask(name, samples))
     show(bench, "needles", names, columns)
 
@@ -110,7 +110,8 @@ def rulers(bench: Bench, task: str, names: list[str]) -> None:
         for length in bench.args.lengths:
             count, seed = bench.args.prompts, bench.args.seed
             file = ruler_file(bench, task, length, count, seed)
-            samples = seal.make_samples(file, bench.tokenizer, length, count, "eval")
+            run = seal.Run(task=file)
+            samples = seal.make_samples(run, bench.tokenizer, length, count, "eval")
             bench.cell(task, recipe, length, make=lambda name: bench.ask(
                 name, samples, ruler.ROOM[task]))
     show(bench, task, names, bench.args.lengths, score=True)
