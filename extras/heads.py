@@ -3,6 +3,7 @@
     python -m extras.heads --how both --scales scales.safetensors --plot heads.png
     python -m extras.heads --how prune --channels 2.6       inside layer 2, head 6
     python -m extras.heads --how prune --quadrants 0.9,1.1
+    python -m extras.heads --how both --top 20              the 20 that the gradient ranks first and last
 
 Everywhere here the gain of a head is what it is worth to the base model: what is lost
 when it is pruned, its scale set to 0. Positive: a helpful head, blue in the pictures.
@@ -230,6 +231,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"])
     parser.add_argument("--channels", metavar="L.H", type=layer_and_head)
     parser.add_argument("--quadrants", metavar="LOW,HIGH", type=low_and_high)
+    parser.add_argument("--top", type=int, help="the N that the gradient ranks first and last")
     args = parser.parse_args(arguments)
     run = seal.Run(**{name: getattr(args, name) for name in FLAGS})
     model, tokenizer, run = seal.open_checkpoint(run)
@@ -244,8 +246,13 @@ def main(arguments=None) -> None:
     pairs = {n: [tokenizer.pair(s) for s in samples[n]] for n in samples}
     seen = {str(n): [s.fingerprint() for s in samples[n]] for n in samples}
     about = {"ckpt": run.ckpt, "extend": run.extend, "dtype": run.dtype}
-    about |= {"sites": [list(site) for site in sites], "prompts": seen}
     model.reset_scales("channel" if args.channels else "head")  # gains are the base's
+    if args.top:
+        first = [gain["loss"] for gain in gains_by_gradient(model, pairs[lengths[1]], sites)]
+        order = sorted(range(len(sites)), key=first.__getitem__)
+        order = order[: args.top] + order[-args.top :]
+        sites, names = [sites[i] for i in order], [names[i] for i in order]
+    about |= {"sites": [list(site) for site in sites], "prompts": seen}
     how = ["gradient", "prune"] if args.how == "both" else [args.how]
     gains = all_gains(run.json, about, how, model, pairs, sites)
 
@@ -262,11 +269,11 @@ def main(arguments=None) -> None:
         for n, *losses in zip(lengths, at_both("gradient", "loss"), at_both("prune", "loss")):
             rank = spearmanr(*losses).statistic
             print(f"losses by gradient and by pruning, {n} tokens: Spearman {rank:+.2f}")
-    maps, H = [], model.config.num_attention_heads
-    if not args.channels:
+    maps, H, all_heads = [], model.config.num_attention_heads, not (args.channels or args.top)
+    if all_heads:
         title = f"gain by {best}, {lengths[1]:,} tokens"
         maps.append((title, torch.tensor(shown[1]).view(-1, H), 0, unit))
-    if run.scales and not args.channels:
+    if run.scales and all_heads:
         means = [s.detach().view(H, -1).mean(1).cpu() for s in learned]
         maps.append(("learned scales", torch.stack(means), 1, "scale, mean of a head"))
         rank = spearmanr(torch.cat(means), shown[1]).statistic

@@ -45,27 +45,27 @@ def plot(path: Path, cells: dict, shown: list[str], at: int) -> None:
     import matplotlib.pyplot as plt
 
     found = by_recipe(cells)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for recipe in found:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for i, recipe in enumerate(found):
+        color = plt.cm.tab10(i)
         lengths = sorted(found[recipe])
         measured = [found[recipe][length] for length in lengths]
         cost = cells.get(f"perplexity / {recipe}")
         if recipe in shown:
-            (line,) = left.plot(lengths, [c["share"] for c in measured], "o-", label=recipe)
+            left.plot(lengths, [c["share"] for c in measured], "o-", color=color)
             low, high = [c["low"] for c in measured], [c["high"] for c in measured]
-            left.fill_between(lengths, low, high, alpha=0.15, color=line.get_color())
+            left.fill_between(lengths, low, high, alpha=0.12, color=color)
         if cost and at in found[recipe]:
             cell = found[recipe][at]
             sides = [[cell["share"] - cell["low"]], [cell["high"] - cell["share"]]]
-            dot = right.errorbar(cost["perplexity"], cell["share"], sides, fmt="o")
-            place = cost["perplexity"], cell["share"]
-            right.annotate(f" {recipe}", place, fontsize=8, color=dot[0].get_color())
+            right.errorbar(cost["perplexity"], cell["share"], sides, fmt="o", color=color)
+        right.plot([], [], "o-", color=color, label=recipe)  # for the legend
     left.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
-    left.set(xscale="log", xticks=(500, 1000, 2000, 4000), xticklabels=("500", "1,000", "2,000", "4,000"))
+    left.set_xscale("log")
+    left.set_xticks((500, 1000, 2000, 4000), ("500", "1,000", "2,000", "4,000"))
     left.minorticks_off()
-    left.legend(fontsize=8)
     right.set(xlabel="perplexity of prose", ylabel=f"right at {at:,} tokens", ylim=(0, 1.02))
-    right.margins(x=0.25)
+    figure.legend(loc="outside lower center", ncols=4)
     with seal.whole_file(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110)
 
