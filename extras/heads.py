@@ -3,7 +3,7 @@
     python -m extras.heads --how both --scales scales.safetensors --plot heads.png
     python -m extras.heads --how prune --channels 2.6       inside layer 2, head 6
     python -m extras.heads --how prune --quadrants 0.9,1.1
-    python -m extras.heads --how both --top 20              the 20 that the gradient ranks first and last
+    python -m extras.heads --how both --top 20              the ends of the ranking alone
 
 Everywhere here the gain of a head is what it is worth to the base model: what is lost
 when it is pruned, its scale set to 0. Positive: a helpful head, blue in the pictures.
