@@ -438,7 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--extend", help="none, ntk:4, linear:4, yarn:4 (the scales' own)")
     p.add_argument("--outfile", type=Path, help="(NAME-seal-h-TYPE.gguf, here)")
     p.add_argument("--outtype", choices=[*TYPES, "auto"], default="auto",
-                   help="auto: bf16 or f16, as the folder has it; a .gguf's types stay")
+                   help="auto: bf16 if the folder has it, else f16; a .gguf's types stay")
     p.add_argument("--check", action="store_true", help="compare with seal.py in llama.cpp")
     args = p.parse_args(arguments)
     is_file, kind = args.ckpt.suffix == ".gguf", TYPES.get(args.outtype)

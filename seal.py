@@ -662,7 +662,7 @@ def load_model(folder, config: Config, device="cpu", dtype=None):
 
 # ---- 7. Text ----
 
-# For checkpoints that carry none: what the folder's name has, and FastChat's words in Jinja.
+# For checkpoints that carry none: [pattern of the folder's name, FastChat's words in Jinja].
 TEMPLATES = read_json(ASSETS / "templates.json")
 # For templates that name the date: two runs must be the same.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"

@@ -102,7 +102,7 @@ def write_folder(ckpt, folder: Path, adapters: dict[str, nn.Module]) -> None:
     index = {"metadata": {}, "weight_map": index}
     seal.write_json(folder / "model.safetensors.index.json", index)
     for file in Path(ckpt).iterdir():
-        if file.suffix in (".json", ".jinja", ".model") and "index" not in file.name:
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
             shutil.copyfile(file, folder / file.name)
 
 

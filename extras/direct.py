@@ -50,12 +50,13 @@ def direct_effects(model: seal.Llama, tokens: list[int], targets: list[int]) -> 
 
     effects = []
     rows = model.lm_head.weight[targets].float()           # (targets, D)
+    H = model.config.num_attention_heads
     for layer in model.layers:
         o_proj = layer.self_attn.o_proj
         y, _ = heard[o_proj]                               # (H * d,): scaled by SEAL
         _, mlp = heard[layer.mlp]                          # (D,)
         by_channel = o_proj.weight.float() * y             # (D, H * d)
-        by_head = by_channel.unflatten(1, (layer.self_attn.heads, -1)).sum(2)  # (D, H)
+        by_head = by_channel.unflatten(1, (H, -1)).sum(2)  # (D, H)
         parts = torch.cat((by_head, mlp[:, None]), dim=1)  # (D, H + 1)
         effects.append(parts.T @ rows.T)                   # (H + 1, targets)
     return torch.stack(effects).cpu()

@@ -3,9 +3,10 @@
     python -m extras.llamacpp base.gguf scaled.gguf --ckpt DIR --lengths 500,1000
 
 --ckpt is the folder that belongs to the files: its tokenizer and chat template write the
-prompts, those of `seal.py eval` with the same flags, and they reach llama.cpp as token
-ids, BOS included. llama.cpp's server runs inside this process (the xllamacpp package),
-greedily, one prompt at a time and remembering none. Answers are judged as in seal.py.
+prompts, those of `seal.py eval` with the same flags (a FILE.jsonl whole), and they reach
+llama.cpp as token ids, BOS included. llama.cpp's server runs inside this process (the
+xllamacpp package), greedily, one prompt at a time and remembering none. Answers are
+judged as in seal.py.
 
 --chat asks the server's chat endpoint besides, which renders the file's own chat
 template, and counts the answers that come out the same: all of them, if that template is

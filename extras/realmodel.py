@@ -86,7 +86,7 @@ class Bench:
             folder = file.with_suffix("")
             if not folder.exists():
                 baselines.main([*flags, "--out", str(folder)])
-            self.model = seal.load_model(folder, self.base.config)
+            self.model = seal.load_model(folder, self.base.config, self.base.norm.weight.device)
             return
         if not file.exists():
             seal.main(["train", "--resume", *flags, "--out", str(file)])
@@ -184,7 +184,7 @@ def perplexity(bench: Bench, windows: int, size: int = 1024) -> dict:
     losses = []
     for i in tqdm(range(windows), desc="perplexity", leave=False):
         start = i * (len(ids) - size) // windows
-        window = torch.tensor([ids[start : start + size]])
+        window = torch.tensor([ids[start : start + size]], device=bench.model.norm.weight.device)
         logits = bench.model.logits(bench.model(window[:, :-1])[0])  # (size - 1, V)
         losses.append(F.cross_entropy(logits, window[0, 1:]).item())
     return {"tokens": windows * (size - 1), "perplexity": math.exp(sum(losses) / windows)}
@@ -221,7 +221,8 @@ def kept(bench: Bench) -> None:
         "sentences": first_sentences(bench, count)})["sentences"]
     for recipe in names:
         bench.use(recipe)
-        loss = bench.cell("perplexity", recipe, make=lambda _: perplexity(bench, bench.args.windows))
+        loss = bench.cell("perplexity", recipe, bench.args.windows, make=lambda _: perplexity(
+            bench, bench.args.windows))
         same = bench.cell("same", recipe, make=lambda _: counted(
             [a == b for a, b in zip(before, first_sentences(bench, count))]))
         rows.append([recipe, f"{loss['perplexity']:.2f}", f"{same['share']:.2f}"])

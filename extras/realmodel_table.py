@@ -25,16 +25,26 @@ def by_recipe(cells: dict) -> dict:
     return found
 
 
+def perplexities(cells: dict) -> dict:
+    """{recipe: perplexity}, all over as many windows of prose as most of them."""
+    found = {}
+    for name, cell in cells.items():
+        part, recipe, *rest = name.split(" / ")
+        if part == "perplexity":
+            found.setdefault(rest[0], {})[recipe] = cell["perplexity"]
+    return max(found.values(), key=len, default={})
+
+
 def table(cells: dict) -> str:
-    found, rows = by_recipe(cells), []
+    found, costs, rows = by_recipe(cells), perplexities(cells), []
     lengths = sorted({length for recipe in found.values() for length in recipe})
     for recipe, measured in found.items():
         row = [recipe]
         for length in lengths:
             cell = measured.get(length)
             row.append("{share:.2f} ({low:.2f}-{high:.2f})".format(**cell) if cell else "")
-        cost, same = (cells.get(f"{part} / {recipe}") for part in ("perplexity", "same"))
-        row.append(f"{cost['perplexity']:.2f}" if cost else "")
+        same = cells.get(f"same / {recipe}")
+        row.append(f"{costs[recipe]:.2f}" if recipe in costs else "")
         row.append("{correct} of {prompts}".format(**same) if same and recipe != "base" else "")
         rows.append(row)
     heads = ["", *(f"{length:,}" for length in lengths), "perplexity", "first sentence unchanged"]
@@ -44,21 +54,20 @@ def table(cells: dict) -> str:
 def plot(path: Path, cells: dict, shown: list[str], at: int) -> None:
     import matplotlib.pyplot as plt
 
-    found = by_recipe(cells)
+    found, costs = by_recipe(cells), perplexities(cells)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for i, recipe in enumerate(found):
         color = plt.cm.tab10(i)
         lengths = sorted(found[recipe])
         measured = [found[recipe][length] for length in lengths]
-        cost = cells.get(f"perplexity / {recipe}")
         if recipe in shown:
             left.plot(lengths, [c["share"] for c in measured], "o-", color=color)
             low, high = [c["low"] for c in measured], [c["high"] for c in measured]
             left.fill_between(lengths, low, high, alpha=0.12, color=color)
-        if cost and at in found[recipe]:
+        if recipe in costs and at in found[recipe]:
             cell = found[recipe][at]
             sides = [[cell["share"] - cell["low"]], [cell["high"] - cell["share"]]]
-            right.errorbar(cost["perplexity"], cell["share"], sides, fmt="o", color=color)
+            right.errorbar(costs[recipe], cell["share"], sides, fmt="o", color=color)
         right.plot([], [], "o-", color=color, label=recipe)  # for the legend
     left.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
     left.set_xscale("log")

@@ -260,7 +260,7 @@ def main(arguments=None) -> None:
 
     config = seal.read_config(args.ckpt)
     tokenizer = seal.Tokenizer(args.ckpt, config, args.template)
-    length = args.length or config.context
+    length = args.length or seal.full_length(config)
     out = args.out or f"{args.task}-{length}-seed{args.seed}.jsonl"
     flags = args.task, tokenizer, length, args.samples, args.seed, args.haystack
     with seal.whole_file(out) as path, open(path, "w", encoding="utf-8") as file:

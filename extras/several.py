@@ -113,7 +113,7 @@ class ShardedLlama(seal.Llama):
     def load_state_dict(self, state, assign=False):
         from torch.distributed.fsdp import fully_shard  # slow to import
 
-        for block in self.layers if assign else []:  # else it is a check of shapes only
+        for block in self.layers:
             small = {p for p in block.parameters() if p.ndim < 2}
             fully_shard(block, mesh=self.mesh, ignored_params=small,
                         reshard_after_forward=True)

@@ -88,7 +88,7 @@ def table(folder: Path) -> dict:
             cell = {key: sum(c[key] for c in same) for key in ("prompts", "correct")}
             together[name].append(same[0] | cell | {"score": mean})
         rows.append(row)
-    seal.plot_scores(ASSETS / "accuracy.png", together)
+    seal.plot_scores(ASSETS / "methods.png", together)
     print(tabulate(rows, headers="keys"))
     return result
 
