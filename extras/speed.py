@@ -16,9 +16,8 @@ The tokens are random, and so are the weights of a named shape: that changes nei
 time nor memory. Memory is the peak of the process, or of the GPU, and, as imports and
 weights make most of a small model's, also what stands before the first step.
 
-SmolLM2-135M, 700 tokens, float32, one core: losses differ by 2.9e-06 and gradients by
-1.8e-05 of their norm, 33 of 33 decoded tokens are the same, and training peaks at 1.03
-GB beside 1.21.
+SmolLM2-135M, float32, two cores: a step takes 0.99 (700 tokens) and 1.01 (2,000) of peft's
+seconds, in 0.95 and 0.96 of its memory; 33 of 33 decoded tokens are the same.
 
 Unattended on a GPU (13.5 GB of disk for the random 7B, in --tmp):
 
