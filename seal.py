@@ -299,7 +299,7 @@ def largest_fit(make, tokenizer, length, limit) -> Sample:
     return make(n)
 
 # Line retrieval, in LongEval's wording to the letter.
-RECORD = (ASSETS / "record.txt").read_text()  # has {lines} and, in the question, {key}
+RECORD = (ASSETS / "record.txt").read_text()  # with {lines} and {key}
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
 LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 ADJECTIVES, NOUNS = map(str.split, (ASSETS / "words.txt").read_text().splitlines())
@@ -350,7 +350,7 @@ def needle_sample(rng, tokenizer, length, split, depth, haystack):
 
 # What LongEval's and RULER's files call them.
 ALIASES = {"input": "prompt", "answer_prefix": "prefix"}
-ALIASES |= dict.fromkeys(["expected_number", "outputs"], "expected")
+ALIASES |= {"outputs": "expected", "expected_number": "expected"}
 
 def read_jsonl(path):
     """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix"."""
@@ -376,7 +376,7 @@ def read_jsonl(path):
 def make_samples(run: "Run", tokenizer, length, count, split, depth=None):
     """Up to `count` samples of run.task (lines, needle, FILE.jsonl) of up to `length` tokens.
     The answer stands at `depth` percent or anywhere. split ("train", "eval") is part of
-    the generator's seed. What the run's scales were trained on is left out."""
+    the seed. What the run's scales were trained on is left out."""
     samples = []
     if run.task in ("lines", "needle"):
         for i in range(count):
@@ -389,7 +389,7 @@ def make_samples(run: "Run", tokenizer, length, count, split, depth=None):
     else:
         samples = read_jsonl(run.task)
         random.Random(run.seed).shuffle(samples)
-    samples = [s for s in samples if s.fingerprint() not in run.trained_on.split(",")][:count]
+    samples = [s for s in samples if s.fingerprint() not in run.trained_on][:count]
     if not samples:
         raise UserError(f"--task {run.task}: holds no prompt that was not trained on")
     for s in samples:
@@ -536,14 +536,16 @@ def reading(what):
         raise UserError(f"{what}: {str(e)[:900] or type(e).__name__}") from e
 
 @contextmanager
-def whole_file(path):
-    """Yield a path where a file, or a folder, is to be made; renamed when whole."""
+def whole_file(path, folder=False):
+    """Yield a path to write to, or an empty folder, renamed when whole."""
     path = Path(path)
-    if path.is_dir():
+    if path.exists() and (folder or not path.is_file()):
         raise UserError(f"{path}: is there already; give a new name")
     unfinished = path.with_name(f".{path.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     try:
+        if folder:
+            unfinished.mkdir()
         yield unfinished
         os.replace(unfinished, path)
     finally:
@@ -790,7 +792,7 @@ class Run:
     loss: float = math.nan
 
 def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
-    """What a command starts with, and the run with what files have to say of it."""
+    """What a command starts with, and the run with what its files say."""
     config, scales = read_config(run.ckpt), None
     if run.scales:
         scales, trained = read_scales(run.scales, config)
@@ -849,7 +851,7 @@ def train_command(run: Run):
     print(f"{out}: {size:,} scales, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 def draw_cells(run: Run, tokenizer, config):
-    """(length, depth, samples) of every cell of an evaluation."""
+    """(length, depth, samples) of every cell."""
     end = full_length(config)
     lengths = run.lengths or [round(end * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
     depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
@@ -928,8 +930,7 @@ def fold_command(run: Run):
         raw["max_position_embeddings"] = stretched.context
         for key in ("rope_parameters", "max_sequence_length"):
             raw.pop(key, None)
-    with whole_file(run.out) as out:
-        out.mkdir()
+    with whole_file(run.out, folder=True) as out:
         for file in source.iterdir():
             if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
                 shutil.copyfile(file, out / file.name)

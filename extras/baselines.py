@@ -117,8 +117,7 @@ def train(run: seal.Run, method: str) -> None:
     samples = seal.make_samples(run, tokenizer, length, run.samples, "train")
     pairs = [tokenizer.pair(sample) for sample in samples]
     out = run.out or f"{Path(run.ckpt).resolve().name}-{method}"
-    with seal.whole_file(out) as folder:
-        folder.mkdir()
+    with seal.whole_file(out, folder=True) as folder:
         model = Adapted(run, like, method)
         size = sum(p.numel() for p in model.scales())
         seal.note(f"{METHOD[method]}: {size:,} numbers, {len(pairs)} prompts")

@@ -222,8 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     layers = config["num_hidden_layers"]
     if layers > len(tensors):
         raise UserError(f"{args.source}: {layers} layers cannot be in {len(tensors)} tensors")
-    with seal.whole_file(args.out) as folder:
-        folder.mkdir()
+    with seal.whole_file(args.out, folder=True) as folder:
         seal.write_json(folder / "config.json", config)
         try:
             list(Planned(args.source, tensors).fitting(seal.read_config(folder)))

@@ -63,8 +63,7 @@ def main(arguments=None) -> None:
     types = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, default="bfloat16")
     args = parser.parse_args(arguments)
-    with seal.whole_file(args.out) as folder:
-        folder.mkdir()
+    with seal.whole_file(args.out, folder=True) as folder:
         make(folder, args.shape, seal.DTYPES[args.dtype])
     print(f"{args.out}: random weights in the shape {args.shape}")
 

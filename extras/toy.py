@@ -56,7 +56,7 @@ TOKENIZER = {
     "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
     "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
 }
-CONFIG = seal.Config(context=512, **SHAPE)
+CONFIG = seal.Config(context=ABOUT["max_position_embeddings"], **SHAPE)
 LINES = 43  # fill its context
 STAGES = (  # name, steps, tokens a step, learning rate at the start and at the end
     ("copy", 500, 2048, 4e-3, 4e-3),
@@ -232,8 +232,7 @@ def pretrain(model: seal.Llama, lessons: Lessons, stages, seed: int) -> None:
 
 def make(out, seed: int = 0) -> None:
     """The toy from nothing; the folder appears when it is complete."""
-    with seal.whole_file(out) as folder:
-        folder.mkdir()
+    with seal.whole_file(out, folder=True) as folder:
         seal.write_json(folder / "config.json", ABOUT | SHAPE)
         seal.write_json(folder / "tokenizer_config.json", TOKENIZER)
         make_vocabulary(folder / "tokenizer.model", CONFIG.vocab_size)

@@ -56,12 +56,12 @@ def needles(bench: Bench) -> None:
         bench.use(recipe)
         for column in columns:
             length, depth = int(column.split()[0]), int(column.split()[2][:-1])
-            samples = seal.make_samples(run, bench.tokenizer, length, count, "eval", depth)
-            bench.cell("needles", recipe, column, make=lambda name: bench.ask(name, samples))
+            bench.cell("needles", recipe, column, make=lambda name: bench.ask(
+                name, seal.make_samples(run, bench.tokenizer, length, count, "eval", depth)))
     show(bench, "needles", names, columns)
 
 
-def meeting(bench: Bench, i: int, length: int, named: bool) -> seal.Sample:
+def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool) -> seal.Sample:
     """Prompt i: a text of `length` tokens in which three people are somewhere."""
     rng = random.Random(f"meeting {bench.args.seed} {i}")
     cities, people = rng.sample(list(MEETINGS), 3), rng.sample(PEOPLE, 3)
@@ -70,7 +70,6 @@ def meeting(bench: Bench, i: int, length: int, named: bool) -> seal.Sample:
         place = city if named else MEETINGS[city]
         facts.append(f"Last summer {person} stood right in front of {place} for an hour.")
     question = f"Which person in the text has been to {cities[0]}? Answer with the name."
-    sentences = re.split(r"(?<=\.)\s", haystack(bench.out.parent).read_text())
     start, depths = rng.randrange(len(sentences) - length), [rng.random() for _ in facts]
 
     def make(n):
@@ -85,11 +84,13 @@ def meeting(bench: Bench, i: int, length: int, named: bool) -> seal.Sample:
 
 def meetings(bench: Bench) -> None:
     names, length, ways = ["base", "SEAL-C"], bench.args.lengths[0], ("named", "not named")
+    sentences = re.split(r"(?<=\.)\s", haystack(bench.out.parent).read_text())
     for recipe in names:
         bench.use(recipe)
         for way in ways:
-            samples = [meeting(bench, i, length, way == "named") for i in range(bench.args.prompts)]
-            bench.cell("meeting", recipe, way, make=lambda name: bench.ask(name, samples))
+            bench.cell("meeting", recipe, way, make=lambda name: bench.ask(name, [
+                meeting(bench, sentences, i, length, way == "named")
+                for i in range(bench.args.prompts)]))
     show(bench, "meeting", names, ways)
 
 
