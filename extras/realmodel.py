@@ -58,11 +58,15 @@ class Bench:
     tokenizer: seal.Tokenizer
     results: dict
     model: seal.Llama | None = None  # the one in use
+    recipe: str = ""  # whose results are asked for
+    loaded: str = ""  # the one whose scales are in
 
     def cell(self, *key, make):
         """The result under this key: made now, unless it is there from before."""
         name = " / ".join(map(str, key))
         if name not in self.results["cells"]:
+            if self.loaded != self.recipe:
+                self.load(self.recipe)
             start = time.monotonic()
             result = make(name)
             result["seconds"] = round(time.monotonic() - start, 1)
@@ -71,9 +75,9 @@ class Bench:
             seal.note(f"{name}: {json.dumps(result)}")
         return self.results["cells"][name]
 
-    def use(self, recipe: str) -> None:
+    def load(self, recipe: str) -> None:
         """Put a recipe's scales in, trained now if they are not there from before."""
-        self.model = self.base
+        self.model, self.loaded = self.base, recipe
         if recipe == "base":
             self.model.reset_scales("head")
             return
@@ -131,7 +135,7 @@ def line_samples(bench: Bench, length: int) -> list[seal.Sample]:
 def lines(bench: Bench) -> None:
     names = ["base", *bench.args.recipes]
     for recipe in names:
-        bench.use(recipe)
+        bench.recipe = recipe
         for length in bench.args.lengths:
             bench.cell("lines", recipe, length, make=lambda name: bench.ask(
                 name, line_samples(bench, length)))
@@ -156,7 +160,7 @@ def format_or_retrieval(bench: Bench) -> None:
     length, ways = bench.args.lengths[0], ("plain", "beginning given", "two examples")
     shown = examples(bench)
     for recipe in ("base", bench.args.recipes[0]):
-        bench.use(recipe)
+        bench.recipe = recipe
         for way in ways:
             samples = line_samples(bench, length)
             for s in samples:
@@ -216,11 +220,11 @@ def first_sentences(bench: Bench, count: int) -> list[str]:
 def kept(bench: Bench) -> None:
     names, rows = ["base", *bench.args.recipes], []
     count = bench.args.questions
-    bench.use("base")
+    bench.recipe = "base"
     before = bench.cell("first sentences", "base", make=lambda _: {
         "sentences": first_sentences(bench, count)})["sentences"]
     for recipe in names:
-        bench.use(recipe)
+        bench.recipe = recipe
         loss = bench.cell("perplexity", recipe, bench.args.windows, make=lambda _: perplexity(
             bench, bench.args.windows))
         same = bench.cell("same", recipe, make=lambda _: counted(
@@ -265,7 +269,7 @@ def main(arguments=None) -> None:
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     add_flags(p, prompts=50, lengths="500,1000,2000,4000")
     p.add_argument("--quick", action="store_true", help="lines and kept, fewer prompts and lengths")
-    p.add_argument("--recipes", default=";".join(RECIPES), help="with semicolons between")
+    p.add_argument("--recipes", default=";".join(RECIPES), help="names or flags, ; between")
     p.add_argument("--questions", type=int, default=200)
     p.add_argument("--windows", type=int, default=40, help="of 1,024 tokens, for perplexity")
     args = p.parse_args(arguments)
@@ -273,7 +277,11 @@ def main(arguments=None) -> None:
         args.parts = args.parts or ["lines", "kept"]
         args.prompts, args.lengths, args.questions, args.windows = 24, "500,1000", 40, 10
     with seal.reading("--recipes"):
-        args.recipes = [{name: name for name in RECIPES}[r] for r in args.recipes.split(";")]
+        args.recipes = args.recipes.split(";")
+        for recipe in args.recipes:
+            if recipe.startswith("--"):  # flags, which are their own name
+                RECIPES[recipe] = recipe.split()
+            RECIPES[recipe]
     bench = open_bench(args, PARTS)
     for part in args.parts:
         PARTS[part](bench)

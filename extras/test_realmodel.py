@@ -13,7 +13,7 @@ def measured(tmp_path_factory):
     """What is measured of the toy: the file, and the flags that made it."""
     out = tmp_path_factory.mktemp("measured") / "r.json"
     flags = ["--ckpt", str(seal.TOY), "--out", str(out), "--prompts", "2", "--train-length", "110"]
-    lines = ["--recipes", "SEAL-C, pull 2%;SEAL-L", "--lengths", "110,140"]
+    lines = ["--recipes", "--mode channel --pull 0.02;SEAL-L", "--lengths", "110,140"]
     kept = ["--questions", "5", "--windows", "2"]
     realmodel.main([*flags, *lines, *kept])
     other = ["--lengths", "400", "--train-length", "400", "--prompts", "5"]
@@ -32,8 +32,11 @@ def test_every_part_leaves_its_cells_and_every_answer_is_kept(measured):
     assert all(cell["low"] <= cell["share"] <= cell["high"] for cell in cells.values() if "low" in cell)
 
 
-def test_what_is_finished_is_not_done_again(measured, capsys):
+def test_what_is_finished_is_not_done_again(measured, capsys, monkeypatch):
     out, flags = measured
+    monkeypatch.setattr(seal, "train", None)
+    for scales in out.parent.glob("*.safetensors"):
+        scales.unlink()  # nor missed
     before = out.read_text(), (out.parent / "r-answers.jsonl").read_text()
     realmodel.main(["lines", "kept", *flags])
     assert before == (out.read_text(), (out.parent / "r-answers.jsonl").read_text())
@@ -45,7 +48,7 @@ def test_the_table_has_every_recipe_and_the_picture_is_drawn(measured, tmp_path,
     flags = [str(out), "--plot", f"{tmp_path}/p.png", "--at", "110"]
     assert seal.run("extras.realmodel_table", realmodel_table.main, flags) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("base", "SEAL-C, pull 2%", "SEAL-L", "| 110", "perplexity"))
+    assert all(name in said for name in ("base", "--pull 0.02", "SEAL-L", "| 110", "perplexity"))
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -53,7 +53,7 @@ def needles(bench: Bench) -> None:
     for length in bench.args.lengths:
         columns += [f"{length} at {depth}%" for depth in (0, 25, 50, 75, 100)]
     for recipe in names:
-        bench.use(recipe)
+        bench.recipe = recipe
         for column in columns:
             length, depth = int(column.split()[0]), int(column.split()[2][:-1])
             bench.cell("needles", recipe, column, make=lambda name: bench.ask(
@@ -86,7 +86,7 @@ def meetings(bench: Bench) -> None:
     names, length, ways = ["base", "SEAL-C"], bench.args.lengths[0], ("named", "not named")
     sentences = re.split(r"(?<=\.)\s", haystack(bench.out.parent).read_text())
     for recipe in names:
-        bench.use(recipe)
+        bench.recipe = recipe
         for way in ways:
             bench.cell("meeting", recipe, way, make=lambda name: bench.ask(name, [
                 meeting(bench, sentences, i, length, way == "named")
@@ -107,7 +107,7 @@ def ruler_file(bench: Bench, task: str, length: int, samples: int, seed: int) ->
 
 def rulers(bench: Bench, task: str, names: list[str]) -> None:
     for recipe in names:
-        bench.use(recipe)
+        bench.recipe = recipe
         for length in bench.args.lengths:
             count, seed = bench.args.prompts, bench.args.seed
             file = ruler_file(bench, task, length, count, seed)
