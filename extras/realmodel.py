@@ -22,6 +22,7 @@ import json
 import math
 import platform
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class Bench:
         if recipe == "base":
             self.model.reset_scales("head")
             return
-        file = self.out.with_name(f"{recipe.replace(' ', '_').replace('%', '')}.safetensors")
+        name = re.sub(r"\W+", "-", recipe).strip("-")
+        file = self.out.with_name(f"{name}.safetensors")
         flags = [
             "--ckpt", self.args.ckpt, "--length", str(self.args.train_length),
             "--dtype", self.args.dtype, *RECIPES[recipe],
