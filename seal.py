@@ -113,8 +113,8 @@ def extend(config: Config, spec: str) -> Config:
     match = re.fullmatch(r"(ntk|linear|yarn):([1-9]\d{0,3}(?:\.\d+)?)", spec)
     stretched = config.rope_scaling["rope_type"] != "default"
     if not match or (stretched and match[1] != "ntk"):
-        raise UserError(f"--extend {spec}: must be none, ntk:S or, if the model is not stretched "
-                        "already, linear:S or yarn:S")
+        raise UserError(f"--extend {spec}: must be none, ntk:S or, on a model not stretched yet, "
+                        "linear:S or yarn:S")
     s, d, context = float(match[2]), config.head_dim, config.context
     rope = {"rope_type": match[1], "factor": s, "original_max_position_embeddings": context}
     changes = {"rope_scaling": rope}
@@ -160,8 +160,8 @@ class Attention(nn.Module):
             k, v = (stored[:, :, : start + T] for stored in cache)  # (B, G, S, d)
         y = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
 
-        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T. The product is made in
-        # float32, as the scales are, and rounded once.
+        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T, made in float32,
+        # as the scales are, and rounded once.
         y = y * self.scale.view(q.shape[1], -1)  # (B, T, H, d) * (H, 1) or (H, d)
         return self.o_proj(y.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
 
@@ -298,7 +298,7 @@ def largest_fit(make, tokenizer, length, limit) -> Sample:
         raise UserError(f"--length {length}: not within {size(1)} to {size(limit)} tokens")
     return make(n)
 
-# Line retrieval, in LongEval's wording to the letter.
+# Line retrieval, in LongEval's wording.
 RECORD = (ASSETS / "record.txt").read_text()  # with {lines} and {key}
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
 LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
@@ -583,7 +583,7 @@ def read_config(folder):
         if rope["rope_type"] == "yarn":
             context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
         if (getattr(c, "sliding_window", None) or context) < context:
-            raise ValueError("has a sliding_window; to use it within that many tokens, write "
+            raise ValueError("has a sliding_window; to use that many tokens, write "
                              "null there and their number as max_position_embeddings")
         own = {f.name: getattr(c, f.name) for f in fields(Config) if hasattr(c, f.name)}
         own.setdefault("attention_bias", c.model_type == "qwen2")
@@ -761,8 +761,8 @@ class Run:
     scales: str = flag("a file of scales")
     task: str = flag("lines, needle or FILE.jsonl", "lines")
     mode: str = flag("a scale per head or per channel", "head", choices=METHOD)
-    extend: str = flag("none, ntk:4, yarn:4, linear:4 (default: the scales' own)")
-    template: str = flag("auto: the checkpoint's", "auto", choices=["auto", *TEMPLATES])
+    extend: str = flag("none, ntk:4, yarn:4, linear:4 (default: the scales')")
+    template: str = flag("auto: the scales' or checkpoint's", "auto", choices=["auto", *TEMPLATES])
     haystack: str = flag("a text file to hide needles in")
     length: whole = flag("tokens of a prompt (default: all that fit)")
     lengths: wholes = flag("A,B,C tokens (default: six)")
@@ -773,7 +773,7 @@ class Run:
     lr: float = flag("learning rate (default: the paper's)")
     pull: float = flag("share of the way back to 1 after each step", 0.0)
     offload: bool = flag("keep what training saves in host memory", False)
-    resume: bool = flag("go on where the same run was interrupted", False)
+    resume: bool = flag("go on where this run was interrupted", False)
     compare: bool = flag("the base beside it", False)
     prompt: str = flag("the text, or - for standard input")
     max_new_tokens: whole = flag("tokens of an answer", 100)
@@ -798,6 +798,8 @@ def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
         scales, trained = read_scales(run.scales, config)
         if run.extend not in (None, trained.extend):
             raise UserError(f"--extend {run.extend}: the scales had {trained.extend}")
+        if run.template == "auto":
+            run.template = trained.template
         run = replace(run, mode=trained.mode, extend=trained.extend, trained_on=trained.trained_on)
     run = replace(
         run, extend=run.extend or "none", checkpoint=Path(run.ckpt).resolve().name,
@@ -865,7 +867,7 @@ def draw_cells(run: Run, tokenizer, config):
 def compare(run: Run):
     """{method: cells} of the base, the scales or both; --json grows cell by cell."""
     if run.compare and not run.scales:
-        raise UserError("--compare: needs --scales to compare with the base")
+        raise UserError("--compare: needs --scales")
     model, tokenizer, run = open_checkpoint(run)
     cells, scales, start = draw_cells(run, tokenizer, model.config), model.scales(), time.monotonic()
     results = {}

@@ -171,14 +171,15 @@ def reference(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def make_scales(path: Path, config, mode: str, extend="none", values=None) -> list[torch.Tensor]:
+def make_scales(path: Path, config, mode: str, extend="none", values=None,
+                template="auto") -> list[torch.Tensor]:
     """Random scales around 1, saved as `seal.py train` does."""
     torch.manual_seed(1)
     size = config.num_attention_heads * (config.head_dim if mode == "channel" else 1)
     scales = values or [1 + 0.3 * torch.randn(size) for _ in range(config.num_hidden_layers)]
     scales = [scale.clone() for scale in scales]
     run = seal.Run(mode=mode, heads=config.num_attention_heads, head_size=config.head_dim,
-                   layers=config.num_hidden_layers, extend=extend, template="auto", task="lines",
+                   layers=config.num_hidden_layers, extend=extend, template=template, task="lines",
                    length=100, lr=0.01)
     seal.save_scales(path, scales, run)
     return scales
@@ -708,9 +709,10 @@ def test_eval_answers_judges_and_averages_and_writes_a_table_and_json(
     assert asked == [True, True, False, False] * 2  # the base, then the scales
 
 
-def test_generate_prints_the_scaled_and_extended_models_words(plain, tmp_path, cli):
-    model, tokenizer = load(plain, "ntk:2"), open_tokenizer(plain)
-    model.set_scales(make_scales(tmp_path / "s", model.config, "channel", "ntk:2"))
+def test_generate_continues_as_the_scales_were_trained(plain, tmp_path, cli):
+    model, tokenizer = load(plain, "ntk:2"), open_tokenizer(plain, "vicuna")
+    trained = {"extend": "ntk:2", "template": "vicuna"}
+    model.set_scales(make_scales(tmp_path / "s", model.config, "channel", **trained))
     ids = seal.generate(model, tokenizer.prompt("line\n"), 20, tokenizer.stop)
     ask = ["generate", "--ckpt", plain, "--scales", tmp_path / "s", "--max-new-tokens", "20", "--prompt"]
     said = cli(*ask, "line\n")[1]
