@@ -17,7 +17,7 @@ def measured(tmp_path_factory):
     kept = ["--questions", "5", "--windows", "2"]
     realmodel.main([*flags, *lines, *kept])
     other = ["--lengths", "400", "--train-length", "400", "--prompts", "5"]
-    transfer.main(["needles", "meeting", *flags, *other])
+    transfer.main(["needles", "meeting", "--recipe", "SEAL-C", *flags, *other])
     return out, [*flags, *lines, *kept]
 
 

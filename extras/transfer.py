@@ -3,8 +3,8 @@
     python -m extras.transfer --ckpt smollm2                 # everything
     python -m extras.transfer cwe vt --ckpt smollm2          # two parts of it
 
-Parts, each for the base, for SEAL-C learned on line retrieval (extras.realmodel's recipe) and, where
-a name stands in brackets, for SEAL-C learned on the part's own task:
+Parts, each for the base, for scales learned on line retrieval (--recipe, of extras.realmodel's) and,
+where a name stands in brackets, for SEAL-C learned on the part's own task:
 
     needles     the San Francisco needle in prose, by depth and length [needles: the ten others]
     meeting     who of three people has been to a city? Once the text names the cities, once it says
@@ -45,7 +45,7 @@ def haystack(folder: Path) -> Path:
 
 
 def needles(bench: Bench) -> None:
-    names, columns = ["base", "SEAL-C", "needles"], []
+    names, columns = ["base", bench.args.recipe, "needles"], []
     text, count = haystack(bench.out.parent), bench.args.prompts // 5
     run = seal.Run(task="needle", haystack=text, seed=bench.args.seed)
     flags = ["--task", "needle", "--haystack", str(text), "--samples", "10", "--lr", "5e-2"]
@@ -83,7 +83,8 @@ def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool
 
 
 def meetings(bench: Bench) -> None:
-    names, length, ways = ["base", "SEAL-C"], bench.args.lengths[0], ("named", "not named")
+    names, ways = ["base", bench.args.recipe], ("named", "not named")
+    length = bench.args.lengths[0]
     sentences = re.split(r"(?<=\.)\s", haystack(bench.out.parent).read_text())
     for recipe in names:
         bench.recipe = recipe
@@ -122,11 +123,11 @@ def common_words(bench: Bench) -> None:
     length = bench.args.lengths[0]
     file = ruler_file(bench, "cwe", length, 50, 1000)
     RECIPES["cwe"] = ["--mode", "channel", "--lr", "2e-2", "--task", file, "--length", str(length)]
-    rulers(bench, "cwe", ["base", "SEAL-C", "cwe"])
+    rulers(bench, "cwe", ["base", bench.args.recipe, "cwe"])
 
 
 def variables(bench: Bench) -> None:
-    rulers(bench, "vt", ["base", "SEAL-C"])
+    rulers(bench, "vt", ["base", bench.args.recipe])
 
 
 PARTS = {"needles": needles, "meeting": meetings, "cwe": common_words, "vt": variables}
@@ -136,6 +137,8 @@ def main(arguments=None) -> None:
     p = seal.Parser("extras.transfer", description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     add_flags(p, prompts=25, lengths="1000,2000")
+    recommended = "SEAL-C, pull 2%, length 2000"
+    p.add_argument("--recipe", choices=RECIPES, default=recommended, help="the scales of lines")
     bench = open_bench(p.parse_args(arguments), PARTS)
     for part in bench.args.parts:
         PARTS[part](bench)
