@@ -56,19 +56,17 @@ def plot(path: Path, cells: dict, shown: list[str], at: int) -> None:
 
     found, costs = by_recipe(cells), perplexities(cells)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    for i, recipe in enumerate(found):
+    for i, recipe in enumerate(shown):
         color = plt.cm.tab10(i)
         lengths = sorted(found[recipe])
         measured = [found[recipe][length] for length in lengths]
-        if recipe in shown:
-            left.plot(lengths, [c["share"] for c in measured], "o-", color=color)
-            low, high = [c["low"] for c in measured], [c["high"] for c in measured]
-            left.fill_between(lengths, low, high, alpha=0.12, color=color)
+        left.plot(lengths, [c["share"] for c in measured], "o-", color=color, label=recipe)
+        low, high = [c["low"] for c in measured], [c["high"] for c in measured]
+        left.fill_between(lengths, low, high, alpha=0.12, color=color)
         if recipe in costs and at in found[recipe]:
             cell = found[recipe][at]
             sides = [[cell["share"] - cell["low"]], [cell["high"] - cell["share"]]]
             right.errorbar(costs[recipe], cell["share"], sides, fmt="o", color=color)
-        right.plot([], [], "o-", color=color, label=recipe)  # for the legend
     left.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
     left.set_xscale("log")
     left.set_xticks((500, 1000, 2000, 4000), ("500", "1,000", "2,000", "4,000"))
@@ -83,7 +81,7 @@ def main(arguments=None) -> None:
     p = seal.Parser("extras.realmodel_table", description=__doc__.splitlines()[0])
     p.add_argument("json", help="extras.realmodel's file")
     p.add_argument("--plot", help="a PNG")
-    p.add_argument("--recipes", help="shown by length, with semicolons between (default: all)")
+    p.add_argument("--recipes", help="those in the picture, ; between (default: all)")
     p.add_argument("--at", type=int, default=1000, help="tokens, for the right half")
     args = p.parse_args(arguments)
     cells = seal.read_json(args.json).get("cells")
@@ -91,7 +89,9 @@ def main(arguments=None) -> None:
         raise seal.UserError(f"{args.json}: holds no cells; extras.realmodel writes them")
     print(table(cells))
     if args.plot:
-        shown = args.recipes.split(";") if args.recipes else list(by_recipe(cells))
+        known = {name: name for name in by_recipe(cells)}
+        with seal.reading("--recipes"):
+            shown = [known[name] for name in args.recipes.split(";")] if args.recipes else known
         plot(args.plot, cells, shown, args.at)
 
 
