@@ -44,9 +44,8 @@ RECIPES = {  # flags of seal.py train, or of extras.baselines; all on 50 prompts
     "SEAL-H": ["--mode", "head", "--lr", "5e-2"],
     "SEAL-L": ["--method", "lora"],
 }
-for more in ("--length 2000", "--length 1500 --samples 100", "--seed 1", "--seed 2"):
-    name = f"SEAL-C, pull 2%, {more.replace('--', '')}"
-    RECIPES[name] = RECIPES["SEAL-C, pull 2%"] + more.split()
+for more in ("--length 2000", "--seed 1", "--seed 2"):  # of the recipe that README recommends
+    RECIPES[f"SEAL-C, pull 2%, {more[2:]}"] = RECIPES["SEAL-C, pull 2%"] + more.split()
 ANSWER = 40  # tokens; the answer to be learned has some twenty
 
 

@@ -137,8 +137,7 @@ def main(arguments=None) -> None:
     p = seal.Parser("extras.transfer", description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     add_flags(p, prompts=25, lengths="1000,2000")
-    recommended = "SEAL-C, pull 2%, length 2000"
-    p.add_argument("--recipe", choices=RECIPES, default=recommended, help="the scales of lines")
+    p.add_argument("--recipe", choices=RECIPES, default="SEAL-C, pull 2%", help="learned on lines")
     bench = open_bench(p.parse_args(arguments), PARTS)
     for part in bench.args.parts:
         PARTS[part](bench)
