@@ -14,8 +14,8 @@ Parts, each a name that can be given to run it alone:
     kept      perplexity of prose, and the share of short questions answered as before
 
 Whatever is finished stands in --out (realmodel.json; a line per answer in realmodel-answers.jsonl
-beside it) and is not done again. Prompts are the same for all recipes. Those that recipes were
-chosen on (--seed 1000) are others than those reported (--seed 0).
+beside it) and is not done again. Prompts are the same for all recipes. A sweep over rates and
+lengths (--seed 1000) asked others than those reported (--seed 0).
 """
 
 import json
