@@ -1,10 +1,9 @@
 """SEAL: Scaling to Emphasize Attention for Long-context retrieval, in one file.
 
-The paper (Lee et al., ACL 2025, arXiv 2501.15225): ask a language model for one fact in a
-long prompt. Far from its context limit it answers, near the limit it fails. But switch
-off one attention head and accuracy moves by twenty points, up for some heads, down for
-others (section 3). The balance between heads, learned on short texts, is wrong for long
-ones.
+The paper (Lee et al., ACL 2025, arXiv 2501.15225): ask a language model for one fact in
+a long prompt. Far from its context limit it answers, near the limit it fails. Switch off
+one attention head and accuracy moves by twenty points, up for some, down for others
+(section 3). The balance of the heads, learned on short texts, is wrong for long ones.
 
 So learn the balance and nothing else. Freeze every weight, multiply each head's output
 by one number, and train those numbers on 50 synthetic prompts (section 4):
@@ -17,10 +16,11 @@ by one number, and train those numbers on 50 synthetic prompts (section 4):
 A scale above 1 makes a head louder, below 1 quieter, and 0 prunes it. All start at 1,
 the model as it is. In the end s multiplies the columns of W_o: the gain costs nothing.
 
-The method is parts 1 to 5, the plumbing 6 to 8. To see it work: python seal.py demo
+The paper is parts 1 to 5 of this file: model, data, training, evaluation, folding. Then
+come 6 checkpoints, 7 text, 8 commands. To see it work: python seal.py demo
 
-Letters in shapes: B sequences, T tokens, S tokens so far, A tokens of an answer, D width,
-H query heads, G key-value heads, d channels a head, L layers, V vocabulary.
+Letters in shapes: B sequences, T tokens, S tokens so far, A tokens of an answer, D
+width, H query heads, G key-value heads, d channels a head, L layers, V vocabulary.
 """
 
 import argparse
@@ -31,22 +31,21 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from itertools import accumulate, product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch import OutOfMemoryError, Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 METHOD = {"head": "SEAL-H", "channel": "SEAL-C"}  # --mode, and the paper's name for it
@@ -56,11 +55,21 @@ TOY = ASSETS / "toy-llama"
 class UserError(Exception):
     """A mistake the user can mend, told in one line."""
 
-# ---- 1. Model ----
+@contextmanager
+def blame(what):
+    """What goes wrong inside becomes one line that begins with `what`, a file's name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
+
+# ---- 1. Model ------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a Llama, in config.json's names but for the context."""
+    """The shape of a Llama, in config.json's names but for the last two."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -69,61 +78,30 @@ class Config:
     num_attention_heads: int  # H: query heads, the ones that SEAL scales
     num_key_value_heads: int  # G: each serves H / G query heads
     head_dim: int  # d; H * d need not be D
-    context: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # b: base of the rotary frequencies
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
     tie_word_embeddings: bool = False  # the output matrix is the embedding
     attention_bias: bool = False
+    context: int = 0  # tokens of a prompt and its answer that the model is made for
+    folded: tuple[str, ...] = ()  # fingerprints of the scales that are in its weights
 
-# RoPE turns pair i of a head's channels by position * freq_i, so that q . k depends on
-# the distance only. The first pair turns fastest, by 1 radian a token.
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Frequencies (d/2,) in radians a token, and a factor on cos and sin (YaRN's)."""
-    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}  # its defaults
-    d, b, rope = config.head_dim, config.rope_theta, yarn | config.rope_scaling
-    kind, s, magnitude = rope["rope_type"], rope.get("factor", 1.0), 1.0
-    pairs = torch.arange(d // 2, dtype=torch.float64, device="cpu")
-    freq = b ** (-2 * pairs / d)
-    keep = torch.ones_like(freq)  # 1: a frequency stays, 0: it is divided by s
-    if kind == "linear":
-        keep *= 0
-    elif kind != "default":  # what turns often within the original context stays
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
-        if kind == "llama3":
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            keep = (turns - low) / (high - low)
-        else:  # yarn: a ramp linear in the pair, and sharper attention
-            reach = d / (2 * math.log(b))  # pairs over which the frequency falls by e
-            low = max(0, math.floor(reach * math.log(turns[0] / rope["beta_fast"])))
-            high = min(d - 1, math.ceil(reach * math.log(turns[0] / rope["beta_slow"])))
-            keep = 1 - (pairs - low) / max(0.001, high - low)
-            magnitude = rope["attention_factor"] or 0.1 * math.log(s) + 1
-    keep = keep.clamp(0, 1)
-    return (keep * freq + (1 - keep) * freq / s).float(), magnitude
-
-def extend(config: Config, spec: str) -> Config:
-    """The config with its context stretched, training-free: ntk:4, linear:4 or yarn:4.
-
-    NTK replaces the base b by b * s^(d / (d - 2)) (paper, section 6): the slowest pair
-    turns s times slower, and the fastest, which tells neighbours apart, as before.
+    """The rotary frequencies (d/2,) in radians a token, and a factor on cos and sin.
+    RoPE turns pair i of a head's channels by position * b^(-2i/d), so that q . k tells
+    how far two tokens are apart, not where they are. The first pair turns fastest, by 1
+    radian a token; the last may need the whole context for one turn.
     """
-    if spec == "none":
-        return config
-    match = re.fullmatch(r"(ntk|linear|yarn):([1-9]\d{0,3}(?:\.\d+)?)", spec)
-    stretched = config.rope_scaling["rope_type"] != "default"
-    if not match or (stretched and match[1] != "ntk"):
-        raise UserError(f"--extend {spec}: must be none, ntk:S or, on a model not stretched yet, "
-                        "linear:S or yarn:S")
-    s, d, context = float(match[2]), config.head_dim, config.context
-    rope = {"rope_type": match[1], "factor": s, "original_max_position_embeddings": context}
-    changes = {"rope_scaling": rope}
-    if match[1] == "ntk":
-        changes = {"rope_theta": config.rope_theta * s ** (d / (d - 2))}
-    return replace(config, context=int(context * s), **changes)
+    pairs = torch.arange(config.head_dim // 2, dtype=torch.float64, device="cpu")
+    freq = config.rope_theta ** (-2 * pairs / config.head_dim)
+    magnitude = 1.0
+    if config.rope_scaling["rope_type"] != "default":  # linear, Llama 3.1, YaRN: not here
+        from extras.positions import stretched
+        freq, magnitude = stretched(freq, config)
+    return freq.float(), magnitude
 
 def rotate(x: Tensor, rope) -> Tensor:
-    """Turn x's pairs (i, i + d/2), x (B, heads, T, d), by rope: cos and sin (T, d/2)."""
+    """Turn x's pairs (i, i + d/2); x (B, heads, T, d), rope: cos and sin (T, d/2)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -135,7 +113,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """H heads, each scaled by SEAL before the output projection."""
-
     def __init__(self, config: Config):
         super().__init__()
         D, d, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -158,16 +135,15 @@ class Attention(nn.Module):
             cache[0][:, :, start : start + T] = k
             cache[1][:, :, start : start + T] = v
             k, v = (stored[:, :, : start + T] for stored in cache)  # (B, G, S, d)
-        y = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
+        heads = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
 
-        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T, made in float32,
-        # as the scales are, and rounded once.
-        y = y * self.scale.view(q.shape[1], -1)  # (B, T, H, d) * (H, 1) or (H, d)
-        return self.o_proj(y.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
+        # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T. The scaled heads
+        # are made in float32, as the scales are, and rounded once.
+        heads = heads * self.scale.view(q.shape[1], -1)  # (B, T, H, d) * (H, 1) or (H, d)
+        return self.o_proj(heads.to(x.dtype).flatten(2))  # (B, T, H * d) -> (B, T, D)
 
 class FeedForward(nn.Module):
     """SwiGLU."""
-
     def __init__(self, config: Config):
         super().__init__()
         D, hidden = config.hidden_size, config.intermediate_size
@@ -175,51 +151,52 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(D, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Block(nn.Module):
+    """A layer: attention, then the feed-forward, each added to what came in."""
     def __init__(self, config: Config):
         super().__init__()
-        D, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(D, eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(D, eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x: Tensor, rope, cache=None, start=0) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Llama(nn.Module):
     """Embedding, L blocks, a norm, and the output matrix: Hugging Face's names."""
-
     def __init__(self, config: Config):
         super().__init__()
-        self.config, D = config, config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, D)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.config = config
+        V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(V, D)
+        self.layers = nn.ModuleList(Block(config) for _ in range(L))
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(D, V, bias=False)
         self.frequencies, self.magnitude = rope_frequencies(config)
 
     def forward(self, tokens: Tensor, cache=None, start=0) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block (B, T, D).
-        cache: per layer, room for k and v (B, G, any size, d), filled up to `start`."""
+        cache: per layer, room for k and v (B, G, any size, d), filled up to `start`.
+        """
         x = self.embed_tokens(tokens)  # (B, T, D)
         positions = torch.arange(start, start + tokens.shape[1], device=x.device)
         angles = positions[:, None] * self.frequencies.to(x.device)  # (T, d/2)
-        rope = [(self.magnitude * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin)]
+        rope = [(self.magnitude * turn(angles)).to(x.dtype) for turn in (torch.cos, torch.sin)]
         for i, layer in enumerate(self.layers):
             if torch.is_grad_enabled() and cache is None:
-                # Keeps x, and computes the rest again on the way back
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+                # Keeps x, and computes the rest of the layer again on the way back.
+                x = recompute(layer, x, rope, use_reentrant=False)
             else:
                 x = layer(x, rope, cache[i] if cache else None, start)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., V), float32. Over all T it would be the largest tensor."""
+        """x (..., D) -> (..., V), float32. For all T tokens they would be huge."""
         return self.lm_head(self.norm(x)).float()
 
     def scales(self) -> list[nn.Parameter]:
@@ -235,7 +212,24 @@ class Llama(nn.Module):
     def reset_scales(self, mode: str) -> None:
         """Scales of one: the base model, to the bit."""
         H, d = self.config.num_attention_heads, self.config.head_dim
-        self.set_scales([torch.ones(H if mode == "head" else H * d) for _ in self.layers])
+        size = H if mode == "head" else H * d
+        self.set_scales([torch.ones(size) for _ in self.layers])
+
+def extend(config: Config, spec: str) -> Config:
+    """The config with its context stretched, training-free: ntk:4, linear:4 or yarn:4.
+    NTK replaces the base b by b * f^(d / (d - 2)), for a factor f (paper, section 6). The
+    slowest pair turns f times slower, so that none of its angles is new; the fastest,
+    which tells neighbours apart, as before. A file of scales holds the spec it needs.
+    """
+    if spec == "none":
+        return config
+    ntk = re.fullmatch(r"ntk:([1-9]\d{0,3}(?:\.\d+)?)", spec)
+    if not ntk:
+        from extras import positions  # for linear, YaRN, and what is none of these
+        return positions.extend(config, spec)
+    f, d = float(ntk[1]), config.head_dim
+    base = config.rope_theta * f ** (d / (d - 2))
+    return replace(config, context=int(config.context * f), rope_theta=base)
 
 @torch.no_grad()
 def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
@@ -253,12 +247,8 @@ def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
         answer += tokens
     return answer
 
-# ---- 2. Data ----
+# ---- 2. Data -------------------------------------------------------------------------
 # Random in content, exact in form (paper, section 4.1): only a balance is learned.
-
-def full_length(config: Config) -> int:
-    """Tokens of a prompt that fills the context, but for room to answer."""
-    return config.context - 48
 
 @dataclass
 class Sample:
@@ -266,78 +256,90 @@ class Sample:
 
     prompt: str
     answer: str
-    expected: int | str | list[str] | None = None
-    prefix: str = ""  # given behind the prompt, not learned: how `answer` is begun
+    expected: int | list[str] | None = None
+    prefix: str = ""  # the answer's beginning: given behind the prompt, not learned
 
     def score(self, text: str) -> float:
-        """How right a text is, 0 to 1. A number: it is the text's last one (LongEval).
-        Texts: the share that it contains, ignoring case (RULER). None: the share of the
-        answer's words that it contains (ROUGE-1 recall; the question alone gets near 0.5)."""
-        if isinstance(self.expected, int):
-            numbers = re.findall(r"-?\d+" if self.expected < 0 else r"\d+", text)
-            return float(numbers != [] and int(numbers[-1][:4000]) == self.expected)
-        if self.expected is not None:
-            wanted = [self.expected] if isinstance(self.expected, str) else self.expected
-            return sum(w.casefold() in text.casefold() for w in wanted) / len(wanted)
+        """How right a text is, 0 to 1, by one of three judges.
+
+        A number: it is the last run of digits (LongEval). A list: the share of its texts
+        that are found (RULER). Nothing: the share of the answer's words that are found
+        (ROUGE-1 recall). judge() calls what is above 0.5 correct.
+        """
+        said = text.casefold()
+        if isinstance(self.expected, int | float):
+            runs = re.findall(r"\d+", said)  # of any length, which int() refuses
+            return float(runs != [] and Decimal(runs[-1]) == self.expected)
+        if self.expected:
+            return sum(x.casefold() in said for x in self.expected) / len(self.expected)
         wanted = Counter(re.findall(r"\w+", self.answer.casefold()))
-        found = Counter(re.findall(r"\w+", text.casefold()))
+        found = Counter(re.findall(r"\w+", said))
         return (wanted & found).total() / max(1, wanted.total())
 
     def fingerprint(self) -> str:
-        """Stored with scales: none is tested on what it was trained on."""
-        return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
+        """Stored with scales: they are not tested on what they were trained on."""
+        return digest(self.prompt.encode())
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+def longest_prompt(config) -> int:
+    return config.context - 48  # tokens; the room is for the answer
 
 def largest_fit(make, tokenizer, length, limit) -> Sample:
-    """make(n) with the largest n < limit whose prompt has `length` tokens at most."""
+    """make(n), a sample of n lines or sentences, with the largest n below `limit` whose
+    prompt has `length` tokens at most by the tokenizer (part 7), template included."""
 
-    def size(n):
+    def tokens(n):
         return len(tokenizer.prompt(make(n).prompt))
 
-    n = bisect.bisect_right(range(1, limit + 1), length, key=size)
+    n = bisect.bisect_right(range(1, limit + 1), length, key=tokens)
     if not 0 < n < limit:
-        raise UserError(f"--length {length}: not within {size(1)} to {size(limit)} tokens")
+        raise UserError(f"{length} tokens: prompts have {tokens(1)} to {tokens(limit)}")
     return make(n)
 
-# Line retrieval, in LongEval's wording.
-RECORD = (ASSETS / "record.txt").read_text()  # with {lines} and {key}
+RECORD = (ASSETS / "record.txt").read_text()  # LongEval's, with {lines} and {key}
 LINE = "line {key}: REGISTER_CONTENT is <{number}>\n"
 LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 ADJECTIVES, NOUNS = map(str.split, (ASSETS / "words.txt").read_text().splitlines())
 KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 8,010
 
-def lines_sample(rng, tokenizer, length, depth=None):
-    """Lines that fill `length` tokens, and a question for one, anywhere or at `depth` %."""
+def lines_sample(rng, tokenizer, length, split, depth, haystack) -> Sample:
+    """Lines that fill `length` tokens, and a question for one: any, or at `depth` %."""
     limit = min(length // 4 + 1, len(KEYS))  # no line is shorter than four tokens
     keys = rng.sample(KEYS, limit)
     numbers = [rng.randint(1, 50000) for _ in keys]
     share = rng.random() if depth is None else depth / 100
 
     def make(n):
-        pairs = list(zip(keys[:n], numbers))
-        lines = "".join(LINE.format(key=key, number=number) for key, number in pairs)
-        key, number = pairs[min(n - 1, int(share * n))]
-        answer = LINE_ANSWER.format(key=key, number=number)
-        return Sample(RECORD.format(lines=lines, key=key), answer, expected=number)
+        lines = [LINE.format(key=k, number=x) for k, x in zip(keys[:n], numbers)]
+        asked = min(n - 1, int(share * n))
+        key, number = keys[asked], numbers[asked]
+        prompt = RECORD.format(lines="".join(lines), key=key)
+        return Sample(prompt, LINE_ANSWER.format(key=key, number=number), number)
 
     return largest_fit(make, tokenizer, length, limit)
 
-# Needle in a haystack. The needles to train on are invented, as the paper's: none is known.
+# Needle in a haystack. The needles to train on are invented, as the paper's.
 NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing to do in {}?"
 NEEDLES = [line.split("\t") for line in (ASSETS / "needles.txt").read_text().splitlines()]
 TEST_NEEDLE, *TRAINING_NEEDLES = NEEDLES  # San Francisco's sandwich, and ten
 
-def needle_sample(rng, tokenizer, length, split, depth, haystack):
-    """A needle in a text that fills `length` tokens, from anywhere in the file and round
-    again, before the sentence that `depth` %, counted in tokens, falls into."""
-    place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
-    depth = rng.uniform(0, 100) if depth is None else depth
-    with reading(f"--haystack {haystack}"):
-        text = Path(haystack).read_text(encoding="utf-8")
+def needle_sample(rng, tokenizer, length, split, depth, haystack) -> Sample:
+    """A needle in a text that fills `length` tokens, which begins at any sentence of the
+    file; it goes before the sentence that `depth` %, counted in tokens, falls into."""
+    if not haystack:
+        raise UserError("--task needle: needs --haystack FILE.txt, to hide needles in")
+    with blame(f"--haystack {haystack}"):
+        text = Path(haystack).read_text(encoding="utf-8").rstrip() + "\n"
         # A sentence ends at . ! ? before a space, and at the full-width ones.
         sentences = re.findall(r"(?s)\S.*?(?:[.!?](?=\s)|[。！？]|$)\s*", text)
+        place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
+        depth = rng.uniform(0, 100) if depth is None else depth
         start = rng.randrange(len(sentences))
     limit = length // 3 + 1  # sentences have three tokens or more, on average
     sentences = [sentences[(start + i) % len(sentences)] for i in range(limit)]
+    # ends[i]: tokens up to the end of sentence i.
     ends = list(accumulate(len(tokenizer.encode(s)) for s in sentences))
     fact, question = NEEDLE.format(place, what), QUESTION.format(place)
 
@@ -348,77 +350,64 @@ def needle_sample(rng, tokenizer, length, split, depth, haystack):
 
     return largest_fit(make, tokenizer, length, limit)
 
-# What LongEval's and RULER's files call them.
-ALIASES = {"input": "prompt", "answer_prefix": "prefix"}
-ALIASES |= {"outputs": "expected", "expected_number": "expected"}
+TASKS = {"lines": lines_sample, "needle": needle_sample}  # with the same arguments
 
-def read_jsonl(path):
-    """A sample per line: {"prompt", "answer"} and, optionally, "expected" and "prefix"."""
-    samples = []
-    with reading(f"--task {path}"):
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with reading(f"{path}, line {number}"):
-            case = {ALIASES.get(key, key): value for key, value in json.loads(line).items()}
-            expected = case.get("expected")
-            if "random_idx" in case:
-                case["answer"] = LINE_ANSWER.format(key=case["random_idx"][0], number=expected)
-            elif isinstance(expected, list):
-                case.setdefault("answer", ", ".join(expected))
-            sample = Sample(case["prompt"], case["answer"], expected, case.get("prefix", ""))
-            text = sample.prompt + sample.prefix + sample.answer
-            sample.score(text.encode().decode())  # fails where one of them is no text
-            samples.append(sample)
-    return samples
+def make_samples(task, tokenizer, length, count, split, seed=0, depth=None, haystack=None,
+                 trained_on="") -> list[Sample]:
+    """Up to `count` samples of a task (lines, needle, FILE.jsonl), `length` tokens at most.
 
-def make_samples(run: "Run", tokenizer, length, count, split, depth=None):
-    """Up to `count` samples of run.task (lines, needle, FILE.jsonl) of up to `length` tokens.
-    The answer stands at `depth` percent or anywhere. split ("train", "eval") is part of
-    the seed. What the run's scales were trained on is left out."""
-    samples = []
-    if run.task in ("lines", "needle"):
+    The fact stands at `depth` percent or anywhere. Training and test share no prompt: the
+    split, "train" or "eval", is part of the seed; of a file, what has a fingerprint in
+    `trained_on` is left out.
+    """
+    if task in TASKS:
+        samples = []
         for i in range(count):
-            rng = random.Random(f"{run.task} {split} {run.seed} {length} {i}")
-            if run.task == "lines":
-                sample = lines_sample(rng, tokenizer, length, depth)
-            else:
-                sample = needle_sample(rng, tokenizer, length, split, depth, run.haystack)
-            samples.append(sample)
+            rng = random.Random(f"{task} {split} {seed} {length} {i}")
+            samples.append(TASKS[task](rng, tokenizer, length, split, depth, haystack))
     else:
-        samples = read_jsonl(run.task)
-        random.Random(run.seed).shuffle(samples)
-    samples = [s for s in samples if s.fingerprint() not in run.trained_on][:count]
+        from extras.tasks import read_jsonl  # which knows more judges
+        samples = read_jsonl(task)
+        random.Random(seed).shuffle(samples)
+    samples = [s for s in samples if s.fingerprint() not in trained_on][:count]
     if not samples:
-        raise UserError(f"--task {run.task}: holds no prompt that was not trained on")
+        raise UserError(f"--task {task}: holds no prompt that was not trained on")
     for s in samples:
-        if len(tokenizer.prompt(s.prompt, s.prefix)) > length:
-            raise UserError(f"{run.task}: {s.prompt[:30]!r}... has more than {length} tokens")
+        prompt, answer = tokenizer.pair(s)
+        if len(prompt) > length or len(prompt + answer) > tokenizer.context:
+            raise UserError(f"{s.prompt[:30]!r}... has {len(prompt)} tokens, its answer "
+                            f"{len(answer)}: --length {length}, context {tokenizer.context}")
     return samples
 
-# ---- 3. Training ----
+# ---- 3. Training ---------------------------------------------------------------------
 
-def paper_lr(task, mode, layers):
+def paper_lr(task: str, mode: str, layers: int) -> float:
     """The paper's learning rate (section 6, appendix A)."""
     if task == "needle":  # it says 4e-2 and 5e-2, and not which is whose
         return 4e-2 if mode == "head" else 5e-2
     return 1e-2 if mode == "head" and layers < 40 else 2e-2  # 40 layers: a 13B
 
-def answer_loss(model, prompt, answer):
-    """Mean cross-entropy of the answer's tokens, in nats. The prompt does not count: its
-    thousands of random tokens would drown the thirty that matter."""
+def answer_loss(model, prompt, answer) -> Tensor:
+    """Mean cross-entropy of the answer's tokens, its end token included, in nats.
+    The prompt does not count: its thousands of random tokens would drown the thirty of
+    the answer. So logits are formed for these alone.
+    """
     tokens = torch.tensor([prompt + answer], device=model.norm.weight.device)  # (1, T + 1)
-    x = model(tokens[:, :-1])[0, -len(answer) :]  # (1, T, D) -> (A, D), a token ahead each
+    x = model(tokens[:, :-1])[0, -len(answer) :]  # (1, T, D) -> (A, D): each foretells one
     return F.cross_entropy(model.logits(x), tokens[0, -len(answer) :])
 
-def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None):
-    """Learn the model's scales on pairs (prompt ids, answer ids) as the paper does: AdamW at
-    a constant rate, a prompt a step. Weight decay would prune heads; `pull` moves scales
-    that share of the way back to 1 each step. keep(losses, optimizer) is called after each;
-    with what it stored as `saved`, and its scales in the model, a run goes on."""
-    if not 0 < lr < 1 or not 0 <= pull < 1:
-        raise UserError(f"--lr {lr}, --pull {pull}: must be between 0 and 1")
+def backward(model, pair) -> Tensor:
+    """Loss of a pair (prompt ids, answer ids); its gradient goes to the scales only."""
+    loss = answer_loss(model, *pair)
+    loss.backward()
+    return loss.detach()
+
+def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> list[float]:
+    """Learn the model's scales on pairs (prompt ids, answer ids); returns the losses.
+    As in the paper: AdamW at a constant rate, a prompt a step. Weight decay would prune
+    heads; `pull` moves scales that share of the way back to 1 after each step. What
+    after_step(losses, optimizer) stores can be given as `saved`, to go on from there.
+    """
     scales, losses = model.scales(), []
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
     if saved:
@@ -426,8 +415,7 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None):
         optimizer.load_state_dict(saved["optimizer"])
     bar = tqdm(range(len(losses), epochs * len(pairs)), "training", unit="step")
     for step in bar:
-        loss = answer_loss(model, *pairs[step % len(pairs)])
-        loss.backward()
+        loss = backward(model, pairs[step % len(pairs)])
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -437,550 +425,576 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None):
             raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr")
         losses.append(loss.item())
         bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-        if keep:
-            keep(losses, optimizer)
+        if after_step:
+            after_step(losses, optimizer)
     return losses
 
-# ---- 4. Evaluation ----
+# ---- 4. Evaluation -------------------------------------------------------------------
 
-def evaluate(model, tokenizer, samples, max_new_tokens=100, desc=""):
-    """Greedy answers, judged: {"prompts", "correct" (score > 0.5), "score" (mean)}."""
-    scores = []
+def ask(model, tokenizer, samples, max_new_tokens=100, desc="") -> list[str]:
+    """Greedy answers to the samples' prompts, as far as the context reaches."""
+    answers, context = [], model.config.context
     for sample in tqdm(samples, desc=desc, unit="prompt"):
         prompt = tokenizer.prompt(sample.prompt, sample.prefix)
-        ids = generate(model, prompt, max_new_tokens, tokenizer.stop)
-        scores.append(sample.score(tokenizer.decode(ids)))
-    n, correct = len(scores), sum(score > 0.5 for score in scores)
-    return {"prompts": n, "correct": correct, "score": sum(scores) / n}
+        if not 0 < len(prompt) < context:
+            raise UserError(f"a prompt has {len(prompt)} tokens, the context {context}")
+        new = min(max_new_tokens, context - len(prompt))
+        answers.append(tokenizer.decode(generate(model, prompt, new, tokenizer.stop)))
+    return answers
 
-def score_table(results):
-    """{method: cells with their length and depth}, as a table."""
+def judge(samples, answers) -> dict:
+    """{"prompts", "correct" (score > 0.5), "score" (mean, 0 to 1)}."""
+    scores = [sample.score(text) for sample, text in zip(samples, answers, strict=True)]
+    correct = sum(score > 0.5 for score in scores)
+    return {"prompts": len(scores), "correct": correct, "score": sum(scores) / len(scores)}
+
+def score_table(results) -> str:
+    """Results as measure() returns them, as a table."""
     from tabulate import tabulate
-
     rows = []
     for cells in zip(*results.values()):
-        first, scores = cells[0], [cell["score"] for cell in cells]
-        rows.append([first["length"], first["depth"], *scores])
+        scores = [cell["score"] for cell in cells]
+        rows.append([cells[0]["length"], cells[0]["depth"], *scores])
     return tabulate(rows, ["length", "depth", *results], floatfmt=".2f", intfmt=",")
 
-def plot_scores(path, results):
-    """A PNG of the share right by length, with Wilson's 95% intervals."""
-    import matplotlib.pyplot as plt
-    from scipy.stats import binomtest
+# ---- 5. Scales: folding, and their file ----------------------------------------------
 
-    figure, ax = plt.subplots(layout="constrained")
-    for method, cells in results.items():
-        right, asked = Counter(), Counter()  # by length, all depths together
-        for cell in cells:
-            right[cell["length"]] += cell["correct"]
-            asked[cell["length"]] += cell["prompts"]
-        tests = [binomtest(right[n], asked[n]) for n in asked]
-        bands = [test.proportion_ci(method="wilson") for test in tests]
-        ax.plot(list(asked), [test.statistic for test in tests], "o-", label=method)
-        ax.fill_between(list(asked), *zip(*bands), alpha=0.2)
-    ax.set(xlabel="tokens of the prompt", ylabel="share answered right", ylim=(0, 1.02))
-    ax.legend()
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png")
-
-# ---- 5. Folding ----
-
-def fold(name, tensor, scales, rows=slice(None)):
-    """These rows of the checkpoint's tensor `name`, scaled if it is an o_proj weight.
-    (s * y) W^T = y (W * s)^T: channel c's scale multiplies column c."""
+def fold(name: str, tensor: Tensor, scales) -> Tensor:
+    """The tensor `name`, or some rows of it, scaled if it is an o_proj's weight.
+    (s * heads) W^T = heads (W * s)^T: the scale of channel c multiplies column c. The rows of
+    v_proj would do as well, were there a value head for each query head; with grouped
+    queries H / G heads share one, and each has its own scale.
+    """
     match = re.search(r"layers\.(\d+)\.self_attn\.o_proj\.weight$", name)
     if not match or not scales:
-        return tensor[rows]
+        return tensor
     scale = scales[int(match[1])]  # (H,) or (H * d,)
     columns = scale.repeat_interleave(tensor.shape[1] // len(scale))  # (H * d,)
-    return tensor[rows].float() * columns  # (D, H * d), to be cast by whoever stores it
+    return tensor.float() * columns  # (D, H * d), to be cast by whoever stores it
 
-def save_scales(path, scales, run: "Run"):
-    """layers.{i}.scale, float32, (H,) or (H * d,), and as metadata their run."""
+@dataclass
+class Facts:
+    """What is stored with scales: how they were learned, so how they are to be used."""
+
+    mode: str
+    layers: int
+    heads: int
+    head_size: int
+    checkpoint: str = ""  # the name of the model's folder
+    extend: str = "none"
+    template: str = "auto"
+    task: str = ""
+    length: int = 0
+    samples: int = 0
+    epochs: int = 1
+    lr: float = 0.0
+    pull: float = 0.0
+    seed: int = 0
+    steps: int = 0  # made so far: an interrupted run leaves fewer than samples * epochs
+    loss: float = 0.0  # of the last step
+    trained_on: str = ""  # fingerprints of prompts
+    fingerprint: str = ""  # of the scales themselves, once they are read
+
+def save_scales(path, scales, facts: Facts):
+    """layers.{i}.scale, float32, (H,) or (H * d,), and the facts as metadata."""
     tensors = {f"layers.{i}.scale": s.detach().float().cpu() for i, s in enumerate(scales)}
-    run = replace(run, task=Path(run.task).name, ckpt=None, out=None, haystack=None)  # no paths
-    facts = {key: str(v) for key, v in asdict(run).items() if type(v) in (str, int, float)}
+    about = {name: str(value) for name, value in asdict(facts).items()}
     with whole_file(path) as unfinished:
-        unfinished.write_bytes(save(tensors, facts | {"format": "seal-1"}))
+        unfinished.write_bytes(save(tensors, about | {"format": "seal-1"}))
 
-def read_scales(path, config: Config) -> tuple[list[Tensor], "Run"]:
-    """The scales in a file, by layer, and their run; they must fit the config."""
-    own = config.num_hidden_layers, config.num_attention_heads, config.head_dim
-    with reading(path), safe_open(path, "pt") as file:
+def read_scales(path, config: Config) -> tuple[list[Tensor], Facts]:
+    """The scales in a file, by layer, and their facts; they must fit the config."""
+    from pydantic import TypeAdapter
+    L, H, d = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+    with blame(path), safe_open(path, "pt") as file:
         about = file.metadata() or {}
         if about.get("format") != "seal-1" or about.get("mode") not in METHOD:
             raise ValueError("is not a scales file; `seal.py train` writes them")
-        run = Run(**{f.name: f.type(about[f.name]) for f in fields(Run) if f.name in about})
-        made = run.layers, run.heads, run.head_size
-        if made != own:
-            raise ValueError(f"made for {made} layers, heads, head size, not {own}")
-        scales = [file.get_tensor(f"layers.{i}.scale") for i in range(run.layers)]
-        size = run.heads * (run.head_size if run.mode == "channel" else 1)
-        if not all(s.shape == (size,) and s.isfinite().all() for s in scales):
-            raise ValueError(f"holds no {run.layers} x {size} finite numbers")
-    return scales, run
+        facts = TypeAdapter(Facts).validate_python(about)  # numbers from texts
+        made = facts.layers, facts.heads, facts.head_size
+        if made != (L, H, d):
+            raise ValueError(f"made for {made} layers, heads, head size, not {(L, H, d)}")
+        names = [f"layers.{i}.scale" for i in range(len(file.keys()))]
+        scales = torch.stack([file.get_tensor(name) for name in names])
+        size = H if facts.mode == "head" else H * d
+        if scales.shape != (L, size) or not scales.isfinite().all():
+            raise ValueError(f"does not hold {L} x {size} finite numbers")
+        facts.fingerprint = digest(scales.float().numpy().tobytes())
+        if facts.fingerprint in config.folded:
+            raise ValueError("these scales are in the checkpoint's weights already")
+    return list(scales), facts
 
-# ---- 6. Checkpoints ----
+# ---- 6. Checkpoints ------------------------------------------------------------------
 
 def note(text):
     print(text, file=sys.stderr, flush=True)  # stdout is kept for results
 
-@contextmanager
-def reading(what):
-    """Whatever goes wrong while a file is read becomes one line with its name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"{what}: {str(e)[:900] or type(e).__name__}") from e
+def check_place(path) -> Path:
+    """The path; UserError unless a file can be written there."""
+    path = Path(path)
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path}: is no file, or in no folder; give another name")
+    return path
 
 @contextmanager
-def whole_file(path, folder=False):
-    """Yield a path to write to, or an empty folder, renamed when whole."""
-    path = Path(path)
-    if path.exists() and (folder or not path.is_file()):
-        raise UserError(f"{path}: is there already; give a new name")
+def whole_file(path):
+    """Yield a path to write to; the file gets its name when it is whole."""
+    path = check_place(path)
     unfinished = path.with_name(f".{path.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     try:
-        if folder:
-            unfinished.mkdir()
-        yield unfinished
-        os.replace(unfinished, path)
+        with blame(path):
+            yield unfinished
+            os.replace(unfinished, path)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
 
 def write_json(path, data):
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(data, indent=2) + "\n")
 
-def read_json(path):
+def read_json(path) -> dict:
     """The JSON object in a file, or an empty one."""
-    with reading(path):
+    with blame(path):
         return dict(json.loads(Path(path).read_text("utf-8"))) if Path(path).exists() else {}
+
+def check_json(data, schema: str):
+    """ValueError unless data is what assets/`schema` describes."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+    json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # fails on half a letter
+    error = best_match(Draft202012Validator(read_json(ASSETS / schema)).iter_errors(data))
+    if error:
+        raise ValueError(f"{error.json_path[2:]} {error.message}")  # without its $.
 
 def from_transformers(reader: str, folder):
     """What AutoConfig or AutoTokenizer reads, offline and without running its code."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers  # slow
-
     transformers.logging.set_verbosity_error()
     reader = getattr(transformers, reader)
     return reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
-def read_config(folder):
+def read_config(folder) -> Config:
     """The Config of a Hugging Face folder."""
     raw = read_json(Path(folder) / "config.json")
     if not raw:
-        raise UserError(f"{folder}: has no config.json; see python -m extras.convert")
-    with reading(f"{folder}/config.json"):
+        raise UserError(f"{folder}: no config.json. Download a hub's model (hf download), "
+                        "merge an adapter (merge_and_unload), or see extras/convert.py")
+    with blame(f"{folder}/config.json"):
         c = from_transformers("AutoConfig", folder)
-        rope = {key: value for key, value in c.rope_parameters.items() if value is not None}
+        found = c.to_dict()
+        rope = found["rope_scaling"] = found.pop("rope_parameters", {})  # transformers 5's
+        found["rope_theta"] = rope.pop("rope_theta", None)
+        found.setdefault("attention_bias", c.model_type == "qwen2")
+        found["head_dim"] = found.get("head_dim") or c.hidden_size // c.num_attention_heads
         # LongChat says its context elsewhere, and some with YaRN nowhere.
-        context = getattr(c, "max_sequence_length", None) or c.max_position_embeddings
-        if rope["rope_type"] == "yarn":
+        context = found.get("max_sequence_length") or c.max_position_embeddings
+        if rope.get("rope_type") == "yarn":
             context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
-        if (getattr(c, "sliding_window", None) or context) < context:
-            raise ValueError("has a sliding_window; to use that many tokens, write "
-                             "null there and their number as max_position_embeddings")
-        own = {f.name: getattr(c, f.name) for f in fields(Config) if hasattr(c, f.name)}
-        own.setdefault("attention_bias", c.model_type == "qwen2")
-        own["head_dim"] = own.get("head_dim") or c.hidden_size // c.num_attention_heads
-        own["context"] = int(context)
-        own["rope_theta"], own["rope_scaling"] = rope.pop("rope_theta"), rope
-        if (
-            c.model_type not in ("llama", "mistral", "qwen2")
-            or c.hidden_act != "silu"
-            or rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
-            or {"mscale", "truncate", "partial_rotary_factor"} & set(rope)
-            or (raw.get("rope_scaling") and raw.get("rope_parameters"))
-            or not all(0 < own[f.name] <= 2**24 for f in fields(Config)[:8])
-            or c.num_attention_heads % c.num_key_value_heads
-            or own["head_dim"] % 2
-            or not (0 < c.rms_norm_eps < 1 < own["rope_theta"] and c.num_hidden_layers < 1000)
-        ):
-            raise ValueError(f"is no supported Llama, Mistral or Qwen2: {raw}")
-        return Config(**own)
+        found["context"] = int(context)
+        found["folded"] = [past["fingerprint"] for past in raw.get("seal", [])]
+        check_json(found, "config.schema.json")
+        if c.num_attention_heads % c.num_key_value_heads:
+            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
+        if raw.get("rope_scaling") and raw.get("rope_parameters"):
+            raise ValueError("has rope_scaling and rope_parameters; one of them must go")
+        kinds = {*(found.get("layer_types") or [c.model_type])}
+        if kinds & {"mistral", "sliding_attention"} and (c.sliding_window or context) < context:
+            raise ValueError("has a sliding_window: write null there, and how many tokens it "
+                             "spans as max_position_embeddings")
+        return Config(**{f.name: found[f.name] for f in fields(Config)})
 
-def open_weights(path):
-    """{name: tensor} of a file, memory-mapped."""
-    with reading(path):
-        if path.suffix == ".bin":
-            return torch.load(path, "cpu", weights_only=True, mmap=True)
-        return load_file(path)
+def open_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped: none is read before it is used."""
+    with blame(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        for key in ("state_dict", "model_state_dict", "model", "module"):
+            state = state.get(key, state)  # some trainers put them a level down
+        return {name: t for name, t in state.items() if isinstance(t, Tensor)}
 
-class Checkpoint:
-    """The tensors of a Hugging Face folder: safetensors or .bin, one or many."""
+class Weights:
+    """The tensors of a Hugging Face folder, by their names in the model."""
 
     def __init__(self, folder):
-        self.folder, self.files = Path(folder), {}  # {tensor name: file}
-        paths = sorted(self.folder.glob("model*.safetensors"))
-        for path in paths or sorted(self.folder.glob("pytorch_model*.bin")):
-            self.files |= dict.fromkeys(open_weights(path), path)
-        if not self.files:
-            raise UserError(f"{folder}: has no model*.safetensors or pytorch_model*.bin")
+        self.folder, self.places = Path(folder), {}  # {name: (file, name there, shape)}
+        # What trainers put in front of the names.
+        wrappers = r"(_orig_mod|module|_\w+_wrapped_module|base_model\.model)\."
+        for path in self.files():
+            for name, tensor in open_weights(path).items():
+                short = re.sub(wrappers, "", name).removeprefix("model.")
+                if short in self.places:
+                    raise UserError(f"{path}: {name} is in {self.places[short][0]}, too")
+                if "inv_freq" not in name:  # frequencies: old checkpoints hold them
+                    self.places[short] = path, name, tuple(tensor.shape)
 
-    def __getitem__(self, name):
-        path = self.files[name]  # opened anew: its memory goes with the tensor
-        if path.suffix == ".bin":
-            return open_weights(path)[name]
-        with reading(path), safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+    def files(self) -> list[Path]:
+        """A single file, or those that an index names, or a whole set of parts."""
+        for stem, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+            single = self.folder / (stem + end)
+            index = read_json(f"{single}.index.json").get("weight_map", {})
+            parts = sorted(self.folder.glob(f"{stem}-*-of-*{end}"))
+            if single.exists():
+                return [single]
+            if index:
+                return [self.folder / name for name in sorted({*index.values()})]
+            if parts and len(parts) != int(parts[0].stem[-5:]):
+                raise UserError(f"{parts[0]}: there are {len(parts)} parts like it, not all")
+            if parts:
+                return parts
+        raise UserError(f"{self.folder}: has no model.safetensors or pytorch_model.bin")
 
-    def fitting(self, config: Config):
-        """(name in the model, in the files, tensor) of every weight. Files may leave out
-        o_proj's biases and a tied output matrix, nothing else."""
-        names = {n.removeprefix("model."): n for n in self.files if "inv_freq" not in n}
-        with reading(self.folder), torch.device("meta"):  # shapes without memory
-            wanted = Llama(config).state_dict()
-            for short in wanted | names:
-                found = self[names[short]].shape if short in names else None
-                own = wanted[short].shape if short in wanted else None
-                tied = short == "lm_head.weight" and config.tie_word_embeddings
-                optional = tied or short.endswith((".scale", "o_proj.bias"))
-                if found != own and not (found is None and optional):
-                    raise ValueError(f"{short} is {found}, by config.json {own}")
-        for short, name in names.items():
-            yield short, name, self[name]
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored, _ = self.places[name]
+        return open_weights(path)[stored]  # opened anew: freed with the tensor
 
-def load_model(folder, config: Config, device="cpu", dtype=None):
-    """Frozen, its scales at one. dtype None: float32 on a CPU, else the files' own."""
-    state = {}
+    def check(self, config: Config) -> None:
+        """UserError unless these are the weights of the config, no more and no less.
+        They may leave out o_proj's biases, and an output matrix that is the embedding.
+        """
+        with blame(self.folder), torch.device("meta"):  # shapes without memory
+            model = Llama(config)
+            given = {name: torch.empty(shape) for name, (_, _, shape) in self.places.items()}
+            for name, like in model.state_dict().items():
+                tied = name == "lm_head.weight" and config.tie_word_embeddings
+                if tied or name.endswith((".scale", "o_proj.bias")):
+                    given.setdefault(name, like)
+            model.load_state_dict(given, assign=True)  # torch says what does not fit
+
+def load_model(folder, config: Config, device="cpu", dtype=None) -> Llama:
+    """Frozen, its scales at one. dtype None: float32 on a CPU, else the files' first."""
+    weights, state = Weights(folder), {}
+    weights.check(config)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
+    for name in tqdm(weights.places, "loading", leave=False):
+        tensor = weights[name]
+        dtype = dtype or tensor.dtype
+        state[name] = tensor.to(device, dtype, copy=True)
+    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
     with torch.device("meta"):
         model = Llama(config)
-    for short, _, tensor in tqdm(Checkpoint(folder).fitting(config), "loading", leave=False):
-        state[short] = tensor.to(device, dtype or tensor.dtype, copy=True)
-    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
-    for name, value in model.state_dict().items():
-        if name not in state:  # scales, and biases of o_proj that the files leave out
-            state[name] = state["norm.weight"].new_zeros(value.shape)
+    for name, like in model.state_dict().items():  # scales, and what files leave out
+        state.setdefault(name, torch.zeros_like(like, device=device, dtype=dtype))
     model.load_state_dict(state, assign=True)
     model.reset_scales("head")
     return model
 
-# ---- 7. Text ----
+# ---- 7. Text -------------------------------------------------------------------------
 
-# For checkpoints that carry none: [pattern of the folder's name, FastChat's words in Jinja].
+# For checkpoints without one: [pattern of the folder's name, FastChat's words in Jinja].
 TEMPLATES = read_json(ASSETS / "templates.json")
-# For templates that name the date: two runs must be the same.
+# For templates that name the date: two runs must be the same. {{ '' }} ends the line.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 class Tokenizer:
-    """Text to token ids and back, inside the checkpoint's chat template, tokenised at
-    once, with BOS in front where the tokenizer itself puts it."""
+    """Text to token ids and back, inside the checkpoint's chat template."""
 
     def __init__(self, folder, config: Config, template="auto"):
-        self.rows, self.name = config.vocab_size, template
-        with reading(f"{folder}: tokenizer and template"):
+        folder, self.name = Path(folder).resolve(), template
+        self.vocab_size, self.context = config.vocab_size, config.context
+        with blame(f"{folder}: tokenizer and template"):
             self.hf = from_transformers("AutoTokenizer", folder)
             ids = self.hf("a").input_ids
             if not self.hf.decode(ids, skip_special_tokens=True).strip():
                 raise ValueError("there is no vocabulary")
             if template == "auto":
-                name = Path(folder).resolve().name.lower()
-                known = [key for key in TEMPLATES if re.search(TEMPLATES[key][0], name)]
-                self.name = "own" if self.hf.chat_template else known[0]
+                fit = [n for n in TEMPLATES if re.search(TEMPLATES[n][0], folder.name.lower())]
+                self.name = "own" if self.hf.chat_template else fit[0]  # the last fits all
             _, self.template = TEMPLATES.get(self.name) or ("", self.hf.get_chat_template())
-        self.bos = [i for i in ids[:1] if i == self.hf.bos_token_id]
+        # transformers 5 puts BOS in front only if a post-processor of tokenizer.json does,
+        # not where tokenizer_config.json asks for it, nor for a bare tokenizer.model.
+        wanted = read_json(folder / "tokenizer_config.json").get("add_bos_token")
+        if wanted is None and not (folder / "tokenizer.json").exists():
+            wanted = (folder / "tokenizer.model").exists()
+        bos = self.hf.bos_token_id
+        self.bos = [bos] if bos is not None and (wanted or ids[0] == bos) else []
         # An answer ends with the template's last special token, or else with eos.
-        answer = self.encode(self.render("a", "b"))[len(self.encode(self.render("a"))) :]
-        ends = [i for i in answer if i in self.hf.added_tokens_decoder][-1:]
-        ends.append(self.hf.eos_token_id)
+        _, answer = self._chat("a", "", "b")
+        added = self.hf.added_tokens_decoder
+        ends = [i for i in self.encode(answer) if i in added][-1:] + [self.hf.eos_token_id]
         for file in ("config.json", "generation_config.json"):
-            eos = read_json(Path(folder) / file).get("eos_token_id")
+            eos = read_json(folder / file).get("eos_token_id")
             ends += eos if isinstance(eos, list) else [eos]
         ends = [i for i in ends if i is not None]
         if not ends:
-            raise UserError(f"{folder}: no token ends a text; config.json needs eos_token_id")
-        self.end, self.stop = ends[0], set(ends)
+            raise UserError(f"{folder}: no token ends a text: config.json: eos_token_id")
+        self.end_token, self.stop = ends[0], set(ends)  # to be learned, to be heeded
 
-    def render(self, prompt, answer="", unfinished=False):
+    def render(self, prompt: str, answer="") -> str:
+        """The conversation as text, up to where an answer begins or with the answer."""
         messages = [{"role": "user", "content": prompt}]
         if answer:
             messages.append({"role": "assistant", "content": answer})
-        with reading(f"--template {self.name}"):
+        with blame(f"--template {self.name}"):
             return self.hf.apply_chat_template(
                 messages, chat_template=TODAY + self.template, tokenize=False,
-                add_generation_prompt=not answer, continue_final_message=unfinished,
-            )
+                add_generation_prompt=not answer)
 
-    def encode(self, text):
-        with reading(ascii(text[:40])):
+    def _chat(self, prompt: str, prefix: str, answer: str) -> tuple[str, str]:
+        """The conversation as two texts: what is given, and what is to be learned."""
+        prefix = prefix.strip()
+        content = f"{prefix} {answer}".strip()
+        asked, finished = self.render(prompt), self.render(prompt, content)
+        with blame(f"--template {self.name} changes the answer"):
+            if not finished.startswith(asked):
+                # Templates of reasoning models open <think> when they ask, and leave it
+                # out of a finished answer. What is trained must be what will be asked.
+                shared = len(os.path.commonprefix([asked, finished]))
+                start = finished.index(content, max(0, shared - len(content)))
+                finished = asked + finished[start:]
+            end = finished.index(prefix, len(asked)) + len(prefix)
+        return finished[:end], finished[end:]
+
+    def encode(self, text: str) -> list[int]:
+        with blame(ascii(text[:40])):
             ids = self.hf(text, add_special_tokens=False).input_ids
-        if max(ids, default=0) >= self.rows:
-            raise UserError(f"token {self.hf.decode(max(ids))!r} has no row in the embedding")
+        if max(ids, default=0) >= self.vocab_size:
+            raise UserError(f"{self.hf.decode(max(ids))!r} has no row in the embedding")
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids) -> str:
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _with_bos(self, text):
+    def _with_bos(self, text: str) -> list[int]:
         ids = self.encode(text)
-        return ids if ids[:1] == self.bos else self.bos + ids
+        return ids if ids[:1] == self.bos else self.bos + ids  # templates may hold it
 
-    def prompt(self, prompt, prefix=""):
-        """Ids up to where the answer begins, or behind its prefix."""
-        prefix = prefix.strip()
-        return self._with_bos(self.render(prompt, prefix, unfinished=prefix != ""))
+    def prompt(self, prompt: str, prefix="") -> list[int]:
+        """Ids of the prompt in its template, to where the answer begins or goes on."""
+        return self._with_bos(self._chat(prompt, prefix, "any answer")[0])
 
-    def pair(self, sample: Sample):
-        """(prompt ids, answer ids), the whole conversation tokenised at once."""
-        answer = f"{sample.prefix} {sample.answer}".strip()
-        ids = self._with_bos(self.render(sample.prompt, answer))
-        prompt = self.prompt(sample.prompt, sample.prefix)
-        n = len(os.path.commonprefix([prompt, ids]))  # a token may cross the border
-        if self.end not in ids[n:]:
-            ids.append(self.end)
-        last = len(ids) - ids[::-1].index(self.end)  # templates may write on behind it
-        return ids[:n], ids[n:last]
+    def pair(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """(prompt ids, answer ids with the end token last), tokenised as one text."""
+        given, learned = self._chat(sample.prompt, sample.prefix, sample.answer)
+        prompt, both = self._with_bos(given), self._with_bos(given + learned)
+        answer = both[len(prompt) :]
+        if both[: len(prompt)] != prompt:  # a token across the border is cut there
+            answer = self.encode(learned)
+        answer.append(self.end_token)  # if it is not there; templates may write on behind it
+        return prompt, answer[: answer.index(self.end_token) + 1]
 
-# ---- 8. Commands ----
+# ---- 8. Commands ---------------------------------------------------------------------
 
-DTYPES = {"auto": None} | {n: getattr(torch, n) for n in ("float32", "float16", "bfloat16")}
+DTYPES = "auto", "float32", "float16", "bfloat16"
 
-def whole(text, least=1):
-    if not least <= int(text) <= 2**24:
-        raise ValueError
-    return int(text)
-
-def wholes(text):
-    return [whole(part, least=0) for part in text.split(",")]
+def wholes(text: str) -> list[int]:
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 500,1000,2000")
+    return list(map(int, text.split(",")))
 
 def flag(help, default=None, **more):
     return field(default=default, metadata={"help": help, **more})
 
 @dataclass
-class Run:
-    """What a command was asked to do, a field per flag, and what came of it."""
+class Flags:
+    """What a command is asked to do."""
 
     ckpt: str = flag("a Hugging Face folder", str(TOY))
     scales: str = flag("a file of scales")
     task: str = flag("lines, needle or FILE.jsonl", "lines")
     mode: str = flag("a scale per head or per channel", "head", choices=METHOD)
     extend: str = flag("none, ntk:4, yarn:4, linear:4 (default: the scales')")
-    template: str = flag("auto: the scales' or checkpoint's", "auto", choices=["auto", *TEMPLATES])
+    template: str = flag("auto: the scales'", "auto", choices=["auto", *TEMPLATES])
     haystack: str = flag("a text file to hide needles in")
-    length: whole = flag("tokens of a prompt (default: all that fit)")
-    lengths: wholes = flag("A,B,C tokens (default: six)")
-    depths: wholes = flag("A,B,C percent")
-    samples: whole = flag("prompts to train on", 50)
-    prompts: whole = flag("prompts per length", 50)
-    epochs: whole = flag("passes over the samples", 1)
-    lr: float = flag("learning rate (default: the paper's)")
-    pull: float = flag("share of the way back to 1 after each step", 0.0)
-    offload: bool = flag("keep what training saves in host memory", False)
-    resume: bool = flag("go on where this run was interrupted", False)
-    compare: bool = flag("the base beside it", False)
+    length: int = flag("tokens of a prompt, at most (default: all that fit)", type=int)
+    lengths: list = flag("A,B,C tokens (default: six)", type=wholes)
+    depths: list = flag("A,B,C percent", type=wholes)
+    samples: int = flag("prompts to train on", 50, type=int)
+    prompts: int = flag("prompts per length", 50, type=int)
+    epochs: int = flag("passes over the samples", 1, type=int)
+    lr: float = flag("learning rate (default: the paper's)", type=float)
+    pull: float = flag("share of the way back to 1 after each step", 0.0, type=float)
+    offload: bool = flag("keep what training saves in host memory", False, action="store_true")
+    resume: bool = flag("go on where this run was interrupted", False, action="store_true")
+    compare: bool = flag("the base beside it", False, action="store_true")
     prompt: str = flag("the text, or - for standard input")
-    max_new_tokens: whole = flag("tokens of an answer", 100)
+    max_new_tokens: int = flag("tokens of an answer, at most", 100, type=int)
     device: str = flag("auto, cpu, cuda, cuda:1, mps", "auto")
     dtype: str = flag("auto: float32 on a CPU, else the files'", "auto", choices=DTYPES)
-    seed: int = flag("draws the prompts", 0)
+    seed: int = flag("draws the prompts", 0, type=int)
     json: str = flag("a file for the result")
     plot: str = flag("a PNG for the result")
     out: str = flag("a name for the result")
-    checkpoint: str = ""  # the folder's name
-    layers: int = 0
-    heads: int = 0
-    head_size: int = 0
-    trained_on: str = ""  # fingerprints of samples
-    steps: int = 0
-    loss: float = math.nan
 
-def open_checkpoint(run: Run) -> tuple[Llama, Tokenizer, Run]:
-    """What a command starts with, and the run with what its files say."""
-    config, scales = read_config(run.ckpt), None
-    if run.scales:
-        scales, trained = read_scales(run.scales, config)
-        if run.extend not in (None, trained.extend):
-            raise UserError(f"--extend {run.extend}: the scales had {trained.extend}")
-        if run.template == "auto":
-            run.template = trained.template
-        run = replace(run, mode=trained.mode, extend=trained.extend, trained_on=trained.trained_on)
-    run = replace(
-        run, extend=run.extend or "none", checkpoint=Path(run.ckpt).resolve().name,
-        layers=config.num_hidden_layers, heads=config.num_attention_heads, head_size=config.head_dim,
-    )
-    config = extend(config, run.extend)
-    tokenizer = Tokenizer(run.ckpt, config, run.template)
-    if run.device == "auto":
-        run.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with reading(f"{run.ckpt} on --device {run.device}"):
-        model = load_model(run.ckpt, config, run.device, DTYPES[run.dtype])
+def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
+    """What a command starts with. Facts: read with scales, or begun for new ones."""
+    if Path(flags.ckpt).is_file():
+        from extras.gguf_model import open_gguf
+        return open_gguf(flags)
+    config, scales = read_config(flags.ckpt), None
+    facts = Facts(
+        flags.mode, config.num_hidden_layers, config.num_attention_heads, config.head_dim,
+        checkpoint=Path(flags.ckpt).resolve().name, extend=flags.extend or "none")
+    if flags.scales:
+        scales, facts = read_scales(flags.scales, config)
+        if flags.extend not in (None, facts.extend):
+            raise UserError(f"--extend {flags.extend}: the scales had {facts.extend}")
+    if flags.template != "auto":
+        facts.template = flags.template
+    config, device = extend(config, facts.extend), flags.device
+    tokenizer = Tokenizer(flags.ckpt, config, facts.template)
+    facts.template = tokenizer.name
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with blame(f"{flags.ckpt} on --device {device}"):
+        model = load_model(flags.ckpt, config, device, getattr(torch, flags.dtype, None))
     if scales:
         model.set_scales(scales)
-    note(f"{run.ckpt} on {run.device}: context {config.context:,}, extension "
-         f"{run.extend}, template {tokenizer.name}, scales {run.scales}")
-    return model, tokenizer, replace(run, template=tokenizer.name)
+    note(f"{flags.ckpt} on {device}: context {config.context:,}, extension "
+         f"{facts.extend}, template {facts.template}, scales {flags.scales}")
+    return model, tokenizer, facts
 
-def train_command(run: Run):
-    out, flags = run.out or "scales.safetensors", repr(replace(run, resume=False))
-    model, tokenizer, run = open_checkpoint(run)
-    saved, state_file = None, Path(f"{out}.state")
-    end = full_length(model.config)
-    run.length = run.length or end
-    if run.lr is None:
-        run.lr = paper_lr(run.task, run.mode, run.layers)
-    if run.length > end:
-        raise UserError(f"--length {run.length}: the context has room for {end}; try --extend")
-    samples = make_samples(run, tokenizer, run.length, run.samples, "train")
-    run.trained_on = ",".join(s.fingerprint() for s in samples)
-    model.reset_scales(run.mode)
-    if run.resume and state_file.exists():
-        with reading(state_file):
-            saved = torch.load(state_file, weights_only=True)
-            if saved["flags"] != flags:
-                raise ValueError("is of a run with other flags")
+def train_command(flags: Flags):
+    out = check_place(flags.out or "scales.safetensors")
+    model, tokenizer, facts = open_checkpoint(flags)
+    facts.task, facts.seed = Path(flags.task).name, flags.seed
+    facts.epochs, facts.pull = flags.epochs, flags.pull
+    facts.length = flags.length or longest_prompt(tokenizer)
+    facts.lr = flags.lr or paper_lr(flags.task, flags.mode, facts.layers)
+    samples = make_samples(
+        flags.task, tokenizer, facts.length, flags.samples, "train", flags.seed,
+        haystack=flags.haystack)
+    facts.samples, facts.trained_on = len(samples), ",".join(map(Sample.fingerprint, samples))
+    pairs = list(map(tokenizer.pair, samples))
+    model.reset_scales(flags.mode)
+
+    # What --resume needs stands beside the scales until the run is over.
+    state, saved = Path(f"{out}.state"), None
+    run = digest(repr((facts, pairs)).encode())
+    if flags.resume and state.exists():
+        with blame(state):
+            saved = torch.load(state, weights_only=True)
+            if saved["run"] != run:
+                raise ValueError("is of a run with other flags or other prompts")
             model.set_scales(saved["scales"])
-    note(f"{METHOD[run.mode]}: {len(samples)} prompts of {run.length:,} tokens, lr {run.lr:g}")
+    note(f"{METHOD[flags.mode]}: {len(samples)} prompts, lr {facts.lr:g}, resumed: {bool(saved)}")
 
-    def keep(losses, optimizer):
-        save_scales(out, model.scales(), replace(run, steps=len(losses), loss=losses[-1]))
-        state = {"flags": flags, "losses": losses, "scales": model.scales()}
-        state["optimizer"] = optimizer.state_dict()
-        with reading(state_file), whole_file(state_file) as unfinished:
-            torch.save(state, unfinished)
+    def after_step(losses, optimizer):
+        save_scales(out, model.scales(), replace(facts, steps=len(losses), loss=losses[-1]))
+        now = {"run": run, "losses": losses, "scales": model.scales()}
+        with whole_file(state) as unfinished:
+            torch.save(now | {"optimizer": optimizer.state_dict()}, unfinished)
 
-    pairs = [tokenizer.pair(s) for s in samples]
-    with save_on_cpu() if run.offload else nullcontext():
-        losses = train(model, pairs, run.lr, run.epochs, run.pull, saved, keep)
-    state_file.unlink(missing_ok=True)
-    size = sum(s.numel() for s in model.scales())
+    with torch.autograd.graph.save_on_cpu() if flags.offload else nullcontext():
+        losses = train(model, pairs, facts.lr, flags.epochs, flags.pull, saved, after_step)
+    state.unlink(missing_ok=True)
+    size = sum(map(Tensor.numel, model.scales()))
     print(f"{out}: {size:,} scales, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
-def draw_cells(run: Run, tokenizer, config):
-    """(length, depth, samples) of every cell."""
-    end = full_length(config)
-    lengths = run.lengths or [round(end * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
-    depths = run.depths or ([0, 25, 50, 75, 100] if run.task == "needle" else [None])
-    if run.task not in ("lines", "needle"):
+def draw_cells(flags: Flags, tokenizer, trained_on: str) -> list[tuple]:
+    """(length, depth, samples) of every cell of the table."""
+    longest = longest_prompt(tokenizer)
+    lengths = flags.lengths or [round(longest * x) for x in (0.15, 0.3, 0.5, 0.7, 0.85, 1)]
+    depths = flags.depths or ([0, 25, 50, 75, 100] if flags.task == "needle" else [None])
+    if flags.task not in TASKS:
         lengths, depths = [max(lengths)], [None]  # a file's are as they are
-    count, cells = math.ceil(run.prompts / len(depths)), []
+    count, cells = math.ceil(flags.prompts / len(depths)), []
     for length, depth in product(lengths, depths):
-        cells.append((length, depth, make_samples(run, tokenizer, length, count, "eval", depth)))
+        samples = make_samples(flags.task, tokenizer, length, count, "eval", flags.seed,
+                               depth, flags.haystack, trained_on)
+        cells.append((length, depth, samples))
     return cells
 
-def compare(run: Run):
-    """{method: cells} of the base, the scales or both; --json grows cell by cell."""
-    if run.compare and not run.scales:
+def measure(flags: Flags) -> dict[str, list[dict]]:
+    """{"base": cells, "SEAL-H": cells}, as asked for; --json grows cell by cell."""
+    if flags.compare and not flags.scales:
         raise UserError("--compare: needs --scales")
-    model, tokenizer, run = open_checkpoint(run)
-    cells, scales, start = draw_cells(run, tokenizer, model.config), model.scales(), time.monotonic()
-    results = {}
-    if run.compare or not run.scales:
-        results["base"] = []
-    if run.scales:
-        results[METHOD[run.mode]] = []
-    for length, depth, samples in cells:
-        for method, done in results.items():
-            if method == "base":
-                model.reset_scales("head")
-            else:
-                model.set_scales(scales)
-            cell = evaluate(model, tokenizer, samples, run.max_new_tokens, f"{method} {length}")
-            done.append({"length": length, "depth": depth} | cell)
-        report = {name: getattr(run, name) for name in ("ckpt", "scales", "task", "extend")}
-        report |= {"cells": done, "seconds": round(time.monotonic() - start, 1)}
-        if run.compare:
-            report["base"] = results["base"]
-        if run.json:
-            write_json(run.json, report)
+    start, scales = time.monotonic(), {}
+    model, tokenizer, facts = open_checkpoint(flags)
+    if flags.compare or not flags.scales:
+        scales["base"] = [torch.ones_like(s) for s in model.scales()]
+    if flags.scales:
+        scales[METHOD[facts.mode]] = model.scales()
+    results = {method: [] for method in scales}
+    for length, depth, samples in draw_cells(flags, tokenizer, facts.trained_on):
+        for method, cells in results.items():
+            model.set_scales(scales[method])
+            said = ask(model, tokenizer, samples, flags.max_new_tokens, f"{method} {length}")
+            cells.append({"length": length, "depth": depth} | judge(samples, said))
+        if flags.json:
+            report = {"ckpt": flags.ckpt, "scales": flags.scales, "task": flags.task}
+            report |= {"extend": facts.extend, "cells": results[method]}
+            report["seconds"] = round(time.monotonic() - start, 1)
+            if flags.compare:
+                report["base"] = results["base"]
+            write_json(flags.json, report)
     return results
 
-def eval_command(run: Run):
-    results = compare(run)
+def eval_command(flags: Flags):
+    results = measure(flags)
     print(score_table(results))
-    if run.plot:
-        plot_scores(run.plot, results)
+    if flags.plot:
+        from extras.plot import plot_scores
+        plot_scores(flags.plot, results)
 
-def demo_command(run: Run):
-    folder, results = Path(run.out or "seal-demo"), {}
-    folder.mkdir(exist_ok=True)
-    for mode in METHOD:
-        scales = f"{folder}/{mode}.safetensors"
-        train_command(replace(run, mode=mode, out=scales))
-        results |= compare(replace(run, scales=scales, compare=not results))
-    print(f"share of {run.prompts} prompts answered right\n{score_table(results)}")
-    plot_scores(folder / "accuracy.png", results)
+def demo_command(flags: Flags):
+    from extras.demo import demo
+    demo(flags)
 
-def generate_command(run: Run):
-    model, tokenizer, _ = open_checkpoint(run)
-    ids = tokenizer.prompt(sys.stdin.read() if run.prompt == "-" else run.prompt)
-    context = model.config.context
-    if not 0 < len(ids) < context:
-        raise UserError(f"--prompt: has {len(ids)} tokens, must have 1 to {context - 1}")
-    new = min(run.max_new_tokens, context - len(ids))
-    print(tokenizer.decode(generate(model, ids, new, tokenizer.stop)))
+def generate_command(flags: Flags):
+    model, tokenizer, _ = open_checkpoint(flags)
+    text = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    print(*ask(model, tokenizer, [Sample(text, answer="")], flags.max_new_tokens))
 
-def fold_command(run: Run):
-    """Write an ordinary Hugging Face folder, the scales in its weights."""
-    from huggingface_hub import save_torch_state_dict
-
-    source, config, weights = Path(run.ckpt), read_config(run.ckpt), {}
-    scales, trained = read_scales(run.scales, config)
-    stretched = extend(config, trained.extend)
-    for _, name, tensor in tqdm(Checkpoint(source).fitting(config), "folding", leave=False):
-        weights[name] = fold(name, tensor, scales).to(tensor.dtype)
-    raw = read_json(source / "config.json")
-    raw["tie_word_embeddings"] = "lm_head.weight" not in weights
-    if stretched != config:  # in the spelling that transformers 4 and 5 read
-        raw |= {"rope_theta": stretched.rope_theta, "rope_scaling": stretched.rope_scaling}
-        raw["max_position_embeddings"] = stretched.context
-        for key in ("rope_parameters", "max_sequence_length"):
-            raw.pop(key, None)
-    with whole_file(run.out, folder=True) as out:
-        for file in source.iterdir():
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
-                shutil.copyfile(file, out / file.name)
-        save_torch_state_dict(weights, out)  # in shards of 5 GB
-        write_json(out / "config.json", raw)
-    print(f"{run.out}: {METHOD[trained.mode]} folded into {len(scales)} layers")
+def fold_command(flags: Flags):
+    from extras.folder import fold_folder
+    fold_folder(flags)
 
 MODEL = "ckpt template device dtype"
 TASK = f"{MODEL} extend task haystack seed"
-COMMANDS = {  # and their flags, ! behind those that must be given
-    "demo": (demo_command, f"{MODEL} prompts samples seed out"),
-    "train": (train_command, f"{TASK} mode length samples epochs lr pull offload resume out"),
-    "eval": (eval_command, f"{TASK} scales compare lengths depths prompts max_new_tokens json plot"),
-    "generate": (generate_command, f"{MODEL} extend scales prompt! max_new_tokens"),
-    "fold": (fold_command, "ckpt scales! out!"),
+TRAIN = "mode length samples epochs lr pull offload resume out"
+EVAL = "scales compare lengths depths prompts max_new_tokens json plot"
+COMMANDS = {  # with their flags, and those of them that must be given
+    "demo": (demo_command, f"{MODEL} prompts samples seed out", ""),
+    "train": (train_command, f"{TASK} {TRAIN}", ""),
+    "eval": (eval_command, f"{TASK} {EVAL}", ""),
+    "generate": (generate_command, MODEL + " extend scales prompt max_new_tokens", "prompt"),
+    "fold": (fold_command, "ckpt scales out", "scales out"),
 }
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        raise UserError(message)  # in one line
 
-    def add_flags(self, names):
-        known = {f.name: f for f in fields(Run)}
-        for name in names:
-            f, option = known[name.strip("!")], "--" + name.strip("!").replace("_", "-")
-            kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-            self.add_argument(option, default=f.default, required="!" in name, **kind, **f.metadata)
+    def add_flags(self, names: str, required="") -> None:
+        """Fields of Flags, by name."""
+        for f in fields(Flags):
+            if f.name in names.split():
+                self.add_argument(
+                    "--" + f.name.replace("_", "-"), default=f.default,
+                    required=f.name in required.split(), **f.metadata)
 
 def main(arguments=None):
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, flags) in COMMANDS.items():
-        commands.add_parser(name).add_flags(flags.split())
-    chosen = vars(parser.parse_args(arguments))
-    COMMANDS[chosen.pop("command")][0](Run(**chosen))
+    for name, (_, flags, required) in COMMANDS.items():
+        commands.add_parser(name).add_flags(flags, required)
+    flags = vars(parser.parse_args(arguments))
+    call, *_ = COMMANDS[flags.pop("command")]
+    with blame("flags"):
+        check_json(flags, "flags.schema.json")
+    for path in (flags.get("json"), flags.get("plot")):
+        check_place(path or __file__)  # before the work
+    call(Flags(**flags))
 
-def run(program, main, arguments=None):
-    """The exit status of main(arguments): 2, with one line, for what a user can mend."""
+def exit_status(program: str, main, arguments=None) -> int:
+    """Run main(arguments): 2, with one line, for what a user can mend."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every letter can be shown
     try:
         main(arguments)
         return 0
     except KeyboardInterrupt:
         note(f"{program}: interrupted")
         return 130
-    except (UserError, OSError, torch.OutOfMemoryError, MemoryError) as e:
-        message = " ".join(f"{e or type(e).__name__}".split())
+    except (
+        UserError, OSError, UnicodeError, SafetensorError, MemoryError, OutOfMemoryError
+    ) as error:
+        message = " ".join(f"{error or type(error).__name__}".split())
         note(f"{program}: error: {message[:1000]}")
         return 2
 
 if __name__ == "__main__":
-    sys.exit(run("seal.py", main))
+    sys.modules["seal"] = sys.modules["__main__"]  # what extras import by that name
+    sys.exit(exit_status("seal.py", main))

@@ -17,43 +17,44 @@ the toy, at the end of its context, 32,768 numbers of LoRA answer 133 of 200 pro
 36,864 of DoRA 137, where the base answers 101, and 32 numbers of SEAL-H 144 (seed 0).
 """
 
-import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import seal
+from extras.folder import check_free, full_name, new_folder, write_folder
 
 METHOD = {"lora": "SEAL-L", "dora": "SEAL-D"}
 RANK, LR = 4, 2e-4
 FLAGS = "ckpt template task haystack length samples epochs lr device dtype seed out"
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 class Adapted(nn.Module):
-    """transformers' model with peft's adapters, as seal.train expects a model: what is
-    learned is called scales()."""
+    """transformers' model with peft's adapters, as seal.train expects a model.
 
-    def __init__(self, run: seal.Run, like: Tensor, method: str):
+    What is learned is called scales(), whatever it is.
+    """
+
+    def __init__(self, flags: seal.Flags, like: Tensor, method: str):
         """like: a tensor that says on which device and in which type."""
         super().__init__()
         import peft
 
         # transformers is about to rename this; peft asks for it by the old name.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing")
-        base = seal.from_transformers("AutoModelForCausalLM", run.ckpt).to(like.device)
+        base = seal.from_transformers("AutoModelForCausalLM", flags.ckpt).to(like.device)
         for weight in base.parameters():  # not the buffers: frequencies stay float32
             weight.data = weight.data.to(like.dtype)
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
         adapter = peft.LoraConfig(
-            r=RANK, lora_alpha=RANK, use_dora=method == "dora", target_modules=attention
+            r=RANK, lora_alpha=RANK, use_dora=method == "dora", target_modules=ADAPTED
         )
-        torch.manual_seed(run.seed)  # draws LoRA's A; B is 0 at first
+        torch.manual_seed(flags.seed)  # draws LoRA's A; B is 0 at first
         self.model = peft.get_peft_model(base, adapter)
         self.model.train()  # without it nothing is recomputed; there is no dropout
         self.body, self.norm, self.lm_head = base.model, base.model.norm, base.lm_head
@@ -69,11 +70,11 @@ class Adapted(nn.Module):
         return self.lm_head(x).float()
 
     def adapters(self) -> dict[str, nn.Module]:
-        """peft's modules, by what the weight they change is called in a checkpoint."""
+        """peft's modules, by what seal.Llama calls the weight that they change."""
         found = {}
         for name, module in self.body.named_modules():
             if hasattr(module, "lora_A"):
-                found[f"model.{name}.weight"] = module
+                found[f"{name}.weight"] = module
         return found
 
 
@@ -85,44 +86,35 @@ def merged(adapter: nn.Module, weight: Tensor) -> Tensor:
     return adapter.get_base_layer().weight.data.to(weight.dtype)
 
 
-def write_folder(ckpt, folder: Path, adapters: dict[str, nn.Module]) -> None:
-    """The checkpoint's folder again, with merged weights."""
-    weights, index = seal.Checkpoint(ckpt), {}
-    if missing := set(adapters) - set(weights.files):
-        raise seal.UserError(f"{ckpt}: the weights lack {min(missing)}")
-    for path in sorted(set(weights.files.values())):
-        shard, file = {}, path.stem.replace("pytorch_", "") + ".safetensors"
-        for name in weights.files:
-            if weights.files[name] == path:
-                shard[name] = weights[name].contiguous()
-                if name in adapters:
-                    shard[name] = merged(adapters[name], shard[name])
-        save_file(shard, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    index = {"metadata": {}, "weight_map": index}
-    seal.write_json(folder / "model.safetensors.index.json", index)
-    for file in Path(ckpt).iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
-            shutil.copyfile(file, folder / file.name)
+def merged_weights(ckpt, adapters: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """All weights of the checkpoint, those with an adapter merged, by their full names."""
+    stored, weights = seal.Weights(ckpt), {}
+    for name in stored.places:
+        weight = stored[name]
+        if name in adapters:
+            weight = merged(adapters[name], weight)
+        weights[full_name(name)] = weight
+    return weights
 
 
-def train(run: seal.Run, method: str) -> None:
+def train(flags: seal.Flags, method: str) -> None:
     """Learn the adapters as `seal.py train` learns scales; write the merged folder."""
-    opened, tokenizer, _ = seal.open_checkpoint(run)  # says if anything is wrong
-    context, like = opened.config.context, opened.norm.weight
-    length = run.length or seal.full_length(opened.config)
-    if length > context:
-        raise seal.UserError(f"--length {length}: the context is {context}")
+    if Path(flags.ckpt).is_file():
+        raise seal.UserError(f"{flags.ckpt}: must be a folder (python -m extras.convert)")
+    out = check_free(flags.out or f"{Path(flags.ckpt).resolve().name}-{method}")
+    opened, tokenizer, _ = seal.open_checkpoint(flags)  # says if anything is wrong
+    like, length = opened.norm.weight, flags.length or seal.longest_prompt(opened.config)
     del opened
-    samples = seal.make_samples(run, tokenizer, length, run.samples, "train")
+    samples = seal.make_samples(
+        flags.task, tokenizer, length, flags.samples, "train", flags.seed,
+        haystack=flags.haystack)
     pairs = [tokenizer.pair(sample) for sample in samples]
-    out = run.out or f"{Path(run.ckpt).resolve().name}-{method}"
-    with seal.whole_file(out, folder=True) as folder:
-        model = Adapted(run, like, method)
-        size = sum(p.numel() for p in model.scales())
-        seal.note(f"{METHOD[method]}: {size:,} numbers, {len(pairs)} prompts")
-        losses = seal.train(model, pairs, run.lr or LR, run.epochs)
-        write_folder(run.ckpt, folder, model.adapters())
+    model = Adapted(flags, like, method)
+    size = sum(p.numel() for p in model.scales())
+    seal.note(f"{METHOD[method]}: {size:,} numbers, {len(pairs)} prompts")
+    losses = seal.train(model, pairs, flags.lr or LR, flags.epochs)
+    with new_folder(out) as folder:
+        write_folder(folder, flags.ckpt, merged_weights(flags.ckpt, model.adapters()), {})
     print(f"{out}: {METHOD[method]}, {size:,} numbers merged, "
           f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
@@ -130,11 +122,13 @@ def train(run: seal.Run, method: str) -> None:
 def main(arguments=None) -> None:
     parser = seal.Parser("extras.baselines", description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHOD, required=True)
-    parser.add_flags(FLAGS.split())
-    run = vars(parser.parse_args(arguments))
-    method = run.pop("method")
-    train(seal.Run(**run), method)
+    parser.add_flags(FLAGS)
+    chosen = vars(parser.parse_args(arguments))
+    with seal.blame("flags"):
+        seal.check_json(chosen, "flags.schema.json")
+    method = chosen.pop("method")
+    train(seal.Flags(**chosen), method)
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.baselines", main))
+    sys.exit(seal.exit_status("extras.baselines", main))

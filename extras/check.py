@@ -40,7 +40,7 @@ class LlamaCpp:
     an f32 file then are 1e-2 from float32's, which hides mistakes. Here they are 1e-5.
     """
 
-    def __init__(self, path, context: int = 512, threads: int = 2):
+    def __init__(self, path, context: int = 512):
         cpp = find_llama_cpp()
 
         class Model(cpp.LlamaModel):
@@ -55,7 +55,7 @@ class LlamaCpp:
         self.batch = cpp.LlamaBatch(n_tokens=context, embd=0, n_seq_max=1)
         settings = cpp.LlamaContextParams()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = threads
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         settings.type_k = settings.type_v = 0  # float32
         settings.flash_attn_type = 0
         self.context = cpp.LlamaContext(self.model, settings)
@@ -74,9 +74,16 @@ class LlamaCpp:
 
 
 @torch.no_grad()
-def check(path: Path, folder: Path, config: seal.Config, scales, run) -> str:
-    """How llama.cpp's reading of the file agrees with transformers and seal.py, in words."""
-    tokenizer = seal.Tokenizer(folder, config, run.template if run else "auto")
+def check(path: Path, folder: Path, config: seal.Config, scales, facts) -> str:
+    """How llama.cpp's reading of the file agrees with transformers and seal.py, in words.
+
+    config: the folder's, extended as the file is. scales, facts: those that are folded
+    into the file, or None. UserError where llama.cpp cuts text into other tokens.
+    """
+    template = "auto"
+    if facts:
+        template = facts.template
+    tokenizer = seal.Tokenizer(folder, config, template)
     model = seal.load_model(folder, config, dtype=torch.float32)
     if scales:
         model.set_scales(scales)
@@ -91,13 +98,18 @@ def check(path: Path, folder: Path, config: seal.Config, scales, run) -> str:
     text = tokenizer.render(TEXT)
     if llama.tokenize(text) != tokenizer.encode(text):
         raise UserError(f"{path}: llama.cpp cuts {text!r} not as transformers does; {result}")
+    begun = llama.tokenize("a", add_special=True)
+    if begun != tokenizer.bos + llama.tokenize("a"):
+        raise UserError(f"{path}: llama.cpp begins a text with other tokens; {result}")
     # More cannot be asked for: llama.cpp puts a space in front of the text after every
     # special token or after none, where transformers' Llama class does so at the start only.
-    added = {text: i for text, i in tokenizer.hf.get_added_vocab().items() if i < tokenizer.rows}
-    for text, i in added.items():
-        if llama.tokenize(f"a{text}b").count(i) != 1:
-            raise UserError(f"{path}: {text!r} is not one token in llama.cpp; {result}")
-    return f"{result}; the prompt and {len(added)} added tokens are cut as by transformers"
+    added = 0
+    for word, i in tokenizer.hf.get_added_vocab().items():
+        if i < tokenizer.vocab_size:
+            added += 1
+            if llama.tokenize(f"a{word}b").count(i) != 1:
+                raise UserError(f"{path}: {word!r} is not one token in llama.cpp; {result}")
+    return f"{result}; the prompt and {added} added tokens are cut as by transformers"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,13 +120,15 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--scales", metavar="PATH", help="those that are folded into the file")
     p.add_argument("--extend", metavar="KIND:S", help="the file's, if no scales say it")
     args = p.parse_args(arguments)
-    config, scales, run = seal.read_config(args.ckpt), None, None
+    config, scales, facts = seal.read_config(args.ckpt), None, None
+    extension = args.extend or "none"
     if args.scales not in (None, "none"):
-        scales, run = seal.read_scales(args.scales, config)
-    config = seal.extend(config, run.extend if run else args.extend or "none")
-    with seal.reading(args.file):
-        print(check(args.file, args.ckpt, config, scales, run))
+        scales, facts = seal.read_scales(args.scales, config)
+        extension = facts.extend
+    config = seal.extend(config, extension)
+    with seal.blame(args.file):
+        print(check(args.file, args.ckpt, config, scales, facts))
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.check", main))
+    sys.exit(seal.exit_status("extras.check", main))

@@ -5,7 +5,7 @@
     python seal.py train --ckpt smollm2
 
 A quantised GGUF file is how most people of llama.cpp hold a model. It has what a folder
-has: its metadata are the config and the tokenizer (see extras/gguf_file.py), and the gguf
+has: its metadata are the config and the tokenizer (see extras/gguf_folder.py), and the gguf
 package dequantises weights of nearly every type. llama.cpp's "llama" rotates the channel
 pairs (2i, 2i + 1) of a head, Hugging Face's (i, i + d/2): the rows of q and k change
 places. Qwen's stay as they are.
@@ -35,7 +35,9 @@ from tqdm import tqdm
 
 import seal
 from extras import meta
-from extras.gguf_file import File, read_config, read_tokenizer
+from extras.folder import new_folder
+from extras.gguf_file import File, Matrix
+from extras.gguf_folder import read_config, read_tokenizer
 from seal import UserError
 
 # A tensor of the folder to be: its name, its shape, and what yields its rows in blocks.
@@ -67,7 +69,7 @@ NAMES = {
 }
 
 
-def plan(file: File, d: int) -> list[Stored]:
+def plan(file: File) -> list[Stored]:
     """All tensors of the folder. That they fit its config is checked later, with it."""
     tensors = []
     for name, t in file.tensors.items():
@@ -77,42 +79,34 @@ def plan(file: File, d: int) -> list[Stored]:
         layer, part, suffix = found.groups("") if found else ("", "", "")
         if part not in NAMES:
             raise ValueError(f"{name!r} is no tensor of a plain {file.arch}")
-        size = gguf.GGML_QUANT_SIZES[t.tensor_type][1]
-        gguf.dequantize(np.zeros((1, size), np.uint8), t.tensor_type)  # an error if it cannot
+        size = gguf.GGML_QUANT_SIZES[t.kind][1]
+        gguf.dequantize(np.zeros((1, size), np.uint8), t.kind)  # an error if it cannot
         prefix = "" if part == "output" else "model."
         full = f"{prefix}{layer.replace('blk', 'layers')}{NAMES[part]}.{suffix}"
-        shape = tuple(int(n) for n in reversed(t.shape))
-        paired = file.arch == "llama" and part in ("attn_q", "attn_k")
-        tensors.append((full, shape, partial(blocks, file.path, t, d if paired else 1)))
+        head_dim = 1
+        if file.arch == "llama" and part in ("attn_q", "attn_k"):
+            head_dim = file.config.head_dim
+        tensors.append((full, t.shape, partial(blocks, t, head_dim)))
 
         # transformers' Llama has biases on q, k, v and o, or on none of them.
         biased = file.arch == "llama" and (part, suffix) == ("attn_q", "bias")
         if biased and f"{layer}attn_output.bias" not in file.tensors:
-            width = int(file.tensors["token_embd.weight"].shape[0])
+            width = file.config.hidden_size
             zeros = partial(torch.zeros, 1, width)  # one block
             tensors.append((full.replace("q_proj", "o_proj"), (width,), zeros))
     return tensors
 
 
-def blocks(path: Path, t: gguf.ReaderTensor, d: int) -> Iterator[Tensor]:
-    """The rows in float32, some heads of d at a time. d > 1: their pairs are put apart.
-
-    Read from the file anew: what is touched of a memory map counts as memory.
-    """
-    columns = int(t.shape[0])
-    rows = t.n_elements // columns
-    width = t.n_bytes // rows
+def blocks(matrix: Matrix, d: int) -> Iterator[Tensor]:
+    """The rows in float32, some heads of d at a time. d > 1: their pairs are put apart."""
+    columns = math.prod(matrix.shape[1:])
     step = max(1, BLOCK // (columns * d)) * d
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        offset = t.data_offset + start * width
-        raw = np.fromfile(path, np.uint8, count * width, offset=offset)
-        block = gguf.dequantize(raw.reshape(count, width), t.tensor_type)
+    for start in range(0, matrix.shape[0], step):
+        block = matrix.values(slice(start, start + step))  # (rows, columns)
         if d > 1:
-            last = columns if len(t.shape) > 1 else 1      # a bias is one row of all heads
-            pairs = block.reshape(-1, d // 2, 2, last)     # (heads, d/2, 2, columns)
-            block = pairs.swapaxes(1, 2)                   # (heads, 2, d/2, columns)
-        yield torch.from_numpy(block.reshape(count, columns))
+            pairs = block.reshape(-1, d // 2, 2, columns)  # (heads, d/2, 2, columns)
+            block = pairs.swapaxes(1, 2).reshape(block.shape)  # (heads * d, columns)
+        yield torch.from_numpy(block)
 
 
 # --------------------------------------------------------------------------------------
@@ -120,16 +114,13 @@ def blocks(path: Path, t: gguf.ReaderTensor, d: int) -> Iterator[Tensor]:
 # --------------------------------------------------------------------------------------
 
 
-class Planned(seal.Checkpoint):
-    """Tensors before they are written, names and shapes: seal checks them as a checkpoint."""
+class Planned(seal.Weights):
+    """Tensors before they are written: seal.py checks their names and shapes."""
 
     def __init__(self, source: Path, tensors: list[Stored]):
-        self.folder = source
-        self.files = {name: source for name, _, _ in tensors}
-        self.shapes = {name: shape for name, shape, _ in tensors}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.empty(self.shapes[name], device="meta")
+        self.folder, self.places = source, {}
+        for name, shape, _ in tensors:
+            self.places[name.removeprefix("model.")] = source, name, shape
 
 
 def storage_type(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
@@ -187,6 +178,19 @@ def write_weights(folder: Path, tensors: list[Stored], dtype: torch.dtype) -> in
     return total
 
 
+def write_texts(folder: Path, files: dict) -> None:
+    """The tokenizer's files: {name: JSON, text, or the file to copy}."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, dict):
+            seal.write_json(path, content)
+        elif isinstance(content, Path):
+            shutil.copyfile(content, path)
+        else:
+            path.write_text(content, encoding="utf-8")
+
+
 # --------------------------------------------------------------------------------------
 # 3. Command line
 # --------------------------------------------------------------------------------------
@@ -196,12 +200,11 @@ def read(source: Path) -> tuple[dict, list[Stored], dict]:
     """config.json, the tensors, and the tokenizer's files: {name: content}."""
     if (source / "config.json").is_file():
         raise UserError(f"{source}: is a Hugging Face folder already; use it as it is")
-    with seal.reading(source):
+    with seal.blame(source):
         if source.is_dir():
             return meta.read_release(source)
         file = File(source)
-        config = read_config(file)
-        return config, plan(file, config["head_dim"]), read_tokenizer(file)
+        return read_config(file), plan(file), read_tokenizer(file)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -222,24 +225,18 @@ def main(arguments: list[str] | None = None) -> None:
     layers = config["num_hidden_layers"]
     if layers > len(tensors):
         raise UserError(f"{args.source}: {layers} layers cannot be in {len(tensors)} tensors")
-    with seal.whole_file(args.out, folder=True) as folder:
+    with new_folder(args.out) as folder:
         seal.write_json(folder / "config.json", config)
         try:
-            list(Planned(args.source, tensors).fitting(seal.read_config(folder)))
-        except UserError as e:  # of a folder that nobody will see
-            what = str(e).replace(str(folder / "config.json"), str(args.source))
-            raise UserError(what) from e
-        for name, content in files.items():
-            if isinstance(content, dict):
-                seal.write_json(folder / name, content)
-            elif isinstance(content, Path):
-                shutil.copyfile(content, folder / name)
-            else:
-                (folder / name).write_text(content, encoding="utf-8")
+            Planned(args.source, tensors).check(seal.read_config(folder))
+        except UserError as error:  # it names a folder that nobody will see
+            what = str(error).replace(str(folder / "config.json"), str(args.source))
+            raise UserError(what) from error
+        write_texts(folder, files)
         size = write_weights(folder, tensors, getattr(torch, config["dtype"]))
     print(f"{args.out}: {config['model_type']}, {layers} layers, "
           f"{len(tensors)} tensors, {size / 1e6:,.1f} MB of {config['dtype']}")
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.convert", main))
+    sys.exit(seal.exit_status("extras.convert", main))

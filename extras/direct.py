@@ -27,19 +27,20 @@ from tqdm import tqdm
 import seal
 from seal import UserError
 
-FLAGS = """
-    ckpt scales task extend template haystack length prompts device dtype seed plot
-""".split()  # of seal.py, with their meaning there
+# Of seal.py, with their meaning there.
+FLAGS = "ckpt scales task extend template haystack length prompts device dtype seed plot"
 
 
 @torch.no_grad()
 def direct_effects(model: seal.Llama, tokens: list[int], targets: list[int]) -> Tensor:
-    """What each head and feed-forward adds to the logits of `targets` at the last
-    position: (L, H + 1, targets), the feed-forward last."""
+    """What each head and feed-forward adds to the logits of `targets` at the last position.
+
+    (L, H + 1, targets), float32, the feed-forward last.
+    """
     heard, hooks = {}, []
 
     def hear(module, inputs, output):
-        heard[module] = inputs[0][0, -1].float(), output[0, -1].float()
+        heard[module] = inputs[0][0, -1], output[0, -1]
 
     for layer in model.layers:
         hooks.append(layer.self_attn.o_proj.register_forward_hook(hear))
@@ -48,23 +49,21 @@ def direct_effects(model: seal.Llama, tokens: list[int], targets: list[int]) -> 
     for hook in hooks:
         hook.remove()
 
-    effects = []
-    rows = model.lm_head.weight[targets].float()           # (targets, D)
-    H = model.config.num_attention_heads
+    effects, H = [], model.config.num_attention_heads
     for layer in model.layers:
         o_proj = layer.self_attn.o_proj
-        y, _ = heard[o_proj]                               # (H * d,): scaled by SEAL
-        _, mlp = heard[layer.mlp]                          # (D,)
-        by_channel = o_proj.weight.float() * y             # (D, H * d)
-        by_head = by_channel.unflatten(1, (H, -1)).sum(2)  # (D, H)
-        parts = torch.cat((by_head, mlp[:, None]), dim=1)  # (D, H + 1)
-        effects.append(parts.T @ rows.T)                   # (H + 1, targets)
-    return torch.stack(effects).cpu()
+        y, _ = heard[o_proj]                              # (H * d,): scaled by SEAL
+        _, mlp = heard[layer.mlp]                         # (D,)
+        alone = torch.block_diag(*y.view(H, 1, -1))       # (H, H * d): a head a row
+        by_head = o_proj(alone) - o_proj(0 * y)           # (H, D), without the bias
+        parts = torch.cat((by_head, mlp[None]))           # (H + 1, D)
+        effects.append(model.lm_head(parts)[:, targets])  # (H + 1, targets)
+    return torch.stack(effects).float().cpu()
 
 
 def find_repaired(model, tokenizer, samples, scales):
-    """The first sample that only the scaled model answers, up to where the base goes
-    wrong: (sample, tokens so far, [right token, wrong token])."""
+    """The first sample that only the scaled model answers: (sample, tokens up to where the
+    base goes wrong, [right token, wrong token])."""
     for sample in tqdm(samples, desc="looking for a repaired answer", unit="prompt"):
         prompt, answer = tokenizer.pair(sample)
         model.reset_scales("head")
@@ -86,52 +85,33 @@ def margin(effects: Tensor) -> Tensor:
 
 def table(stages: dict[str, Tensor], right: str, wrong: str) -> str:
     """Sums over all components, and the five that the scales changed most."""
-    shown = {
-        f"all, for {right}": [effects[..., 0].sum() for effects in stages.values()],
-        f"all, for {wrong}": [effects[..., 1].sum() for effects in stages.values()],
-        "all, difference": [margin(effects).sum() for effects in stages.values()],
-    }
+    rows = [[f"all, for {right}"], [f"all, for {wrong}"], ["all, difference"]]
+    for effects in stages.values():
+        for row, votes in zip(rows, (effects[..., 0], effects[..., 1], margin(effects))):
+            row.append(votes.sum().item())
     change = margin(stages["change"])
     H = change.shape[1] - 1
     for i in change.flatten().abs().argsort(descending=True)[:5].tolist():
         layer, head = divmod(i, H + 1)
         part = f"head {head}" if head < H else "feed-forward"
-        votes = [margin(effects)[layer, head] for effects in stages.values()]
-        shown[f"layer {layer}, {part}, difference"] = votes
-    rows = [[name, *map(float, votes)] for name, votes in shown.items()]
+        row = [f"layer {layer}, {part}, difference"]
+        for effects in stages.values():
+            row.append(margin(effects)[layer, head].item())
+        rows.append(row)
     return tabulate(rows, ["votes", *stages], floatfmt="+.2f")
-
-
-def plot(path, stages: dict[str, Tensor], right: str, wrong: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = 13.8, 3.8  # inches
-    figure, axes = plt.subplots(1, len(stages), figsize=size, layout="constrained")
-    limit = max(margin(effects).abs().max().item() for effects in stages.values())
-    for ax, (name, effects) in zip(axes, stages.items()):
-        votes = margin(effects)
-        image = ax.imshow(votes, "RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        ax.set(title=f"{name}: {votes.sum():+.1f}", xlabel="head (last: feed-forward)")
-        ax.yaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label=f"votes for {right} less votes for {wrong}")
-    with seal.whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110)
-    plt.close(figure)
 
 
 def main(arguments=None) -> None:
     parser = seal.Parser(prog="extras.direct", description=__doc__.splitlines()[0])
-    parser.add_flags(FLAGS)
-    run = seal.Run(**vars(parser.parse_args(arguments)))
-    if not run.scales:
-        raise UserError("--scales: is needed, to compare the base with")
-    model, tokenizer, run = seal.open_checkpoint(run)
-    scales, length = model.scales(), run.length or seal.full_length(model.config)
-    samples = seal.make_samples(run, tokenizer, length, run.prompts, "heads")
+    parser.add_flags(FLAGS, required="scales")
+    flags = seal.Flags(**vars(parser.parse_args(arguments)))
+    if flags.plot:
+        seal.check_place(flags.plot)  # before the work
+    model, tokenizer, facts = seal.open_checkpoint(flags)
+    scales, length = model.scales(), flags.length or seal.longest_prompt(model.config)
+    samples = seal.make_samples(
+        flags.task, tokenizer, length, flags.prompts, "heads", flags.seed,
+        haystack=flags.haystack, trained_on=facts.trained_on)
     sample, tokens, targets = find_repaired(model, tokenizer, samples, scales)
     stages = {}
     model.reset_scales("head")
@@ -142,9 +122,12 @@ def main(arguments=None) -> None:
     right, wrong = (repr(tokenizer.decode([token])) for token in targets)
     print(f"asked for {sample.answer!r}; where {right} should stand, the base says {wrong}")
     print(table(stages, right, wrong))
-    if run.plot:
-        plot(run.plot, stages, right, wrong)
+    if flags.plot:
+        from extras.plot import plot_votes
+
+        margins = {name: margin(effects) for name, effects in stages.items()}
+        plot_votes(flags.plot, margins, right, wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.direct", main))
+    sys.exit(seal.exit_status("extras.direct", main))

@@ -1,62 +1,133 @@
-"""What the metadata of a GGUF file says, as config.json and as transformers' tokenizer.
+"""GGUF files as people have them: what one says of its model, and its tensors' bytes.
 
-Part of extras/convert.py, which says the file's name in front of any error from here.
-Kinds of tokenizers, tokenizer.ggml.model:
+Used by export_gguf.py, where --ckpt is a file, and by the extras that read such files. A
+GGUF file is known by its first four bytes, whatever its name is. A model in several parts
+(NAME-00001-of-00003.gguf, as llama-gguf-split makes them) is read as one, whichever of
+them is named. Tensors stay in the file until some of their rows are asked for.
 
-  gpt2     a byte-level BPE: pieces and merges. How text is cut into words before merging,
-           the file only names (smollm, llama-bpe); export_gguf.py knows the rest
-  llama    SentencePiece's BPE with byte fallback: no merges, but a score for each piece.
-           Two neighbours that make a piece are merged, the best score first
-
-The ids are llama.cpp's. Measured with SmolLM2's file on 6,000 random strings of digits,
-spaces, line ends, accents, emoji, code, CJK and added tokens: the same but for one, with a
-letter that is newer than llama.cpp's tables. For tekken, llama.cpp itself strays from the
-rule at capitals and marks beyond ASCII, for deepseek-llm at spaces beyond it; the folder
-follows the rule, as the models were trained. Qwen's tokenizer in transformers composes
-accents first (NFC), which llama.cpp does not.
+Whatever is wrong in a file is a UserError that begins with its name.
 """
 
-import json
 import math
+import re
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
-from gguf import TokenType
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
 
-from export_gguf import MERGES_IGNORED, PRE_TOKENIZERS, open_gguf
+import seal
 
-MODELS = {
-    "llama": "LlamaForCausalLM",  # and Mistral's, SmolLM's, ...
-    "qwen2": "Qwen2ForCausalLM",
-}
+MOST_READS = 4_000_000  # numbers and strings of a header; no model has half
+ARCHITECTURES = ("llama", "qwen2")  # llama is Mistral's and SmolLM's, too
 
-# llama.cpp's other names for how text is cut.
-SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+
+class Reader(gguf.GGUFReader):
+    """gguf's reader believes whatever length a header claims; this one looks first."""
+
+    reads = 0
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        self.reads += 1
+        offset, count = int(offset), int(count)
+        if offset + count * np.dtype(dtype).itemsize > self.data.nbytes:
+            raise ValueError("the file is cut off, or its header is damaged")
+        dimensions = count if dtype is np.uint64 else 1
+        if self.reads > MOST_READS or not 1 <= dimensions <= 4:
+            raise ValueError("the header claims what no model has")
+        return np.frombuffer(self.data, dtype, count, offset)
+
+
+def open_gguf(path: Path) -> Reader:
+    """One file's header; UserError unless it is a GGUF file, and whole."""
+    with seal.blame(path):
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError("is no GGUF file, and no folder either")
+        return Reader(path)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor of a GGUF file: where its rows stand. A norm or a bias has a number a row."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]  # as in PyTorch: rows first
+    path: Path
+    offset: int  # of its first byte in the file
+    row_bytes: int
+
+    def read(self, rows: slice) -> np.ndarray:
+        """The bytes of some rows, uint8 (rows, row_bytes).
+
+        Read anew each time: what is touched of a memory map counts as memory.
+        """
+        start, stop, _ = rows.indices(self.shape[0])
+        count, offset = stop - start, self.offset + start * self.row_bytes
+        data = np.fromfile(self.path, np.uint8, count * self.row_bytes, offset=offset)
+        return data.reshape(count, self.row_bytes)
+
+    @np.errstate(all="ignore")  # a damaged file's numbers may be of any size
+    def values(self, rows: slice) -> np.ndarray:
+        """Some rows as float32 (rows, columns)."""
+        return gguf.dequantize(self.read(rows), self.kind)
 
 
 class File:
-    """A GGUF file: its keys, checked for their type when asked for, and its tensors."""
+    """A GGUF file, or all parts of one: its keys, its config, and its tensors by name."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.reader = open_gguf(path)
-        self.tensors = {t.name: t for t in self.reader.tensors}
-        self.arch = self.get("general.architecture", str)
-        if self.arch not in MODELS:
-            known = ", ".join(MODELS)
-            raise ValueError(f"architecture {self.arch!r} is not one of {known}")
-        if self.get("split.count", int, 1) > 1:
-            raise ValueError("is one part of several; llama-gguf-split --merge joins them")
-        if "token_embd.weight" not in self.tensors:
-            raise ValueError("has no token_embd.weight; is it a language model?")
-        self.tokens = self.get("tokenizer.ggml.tokens", list)
+    def __init__(self, path):
+        self.path, self.tensors = Path(path), {}
+        with seal.blame(path):
+            self.paths = self._parts()
+            for number, part in enumerate(self.paths):
+                self._add(part, number)
+            if len(self.tensors) != self.get("split.tensors.count", int, len(self.tensors)):
+                raise ValueError("its parts do not hold the tensors that it says")
+            self.arch = self.get("general.architecture", str)
+            if self.arch not in ARCHITECTURES:
+                raise ValueError(f"is a {self.arch!r}, not a {' or '.join(ARCHITECTURES)}")
+            if "token_embd.weight" not in self.tensors:
+                raise ValueError("has no token_embd.weight; is it a language model?")
+            self.config = self._config()
+
+    def _parts(self) -> list[Path]:
+        self.fields = open_gguf(self.path).fields
+        count = self.get("split.count", int, 1)
+        if count < 2:
+            return [self.path]
+        name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", self.path.name)
+        if not name or int(name[2]) != count:
+            raise ValueError(
+                f"is one of {count} parts, and they are not named NAME-00001-of-{count:05}.gguf; "
+                "llama-gguf-split --merge joins them")
+        numbers = range(1, count + 1)
+        return [self.path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in numbers]
+
+    def _add(self, path: Path, number: int) -> None:
+        """The tensors of a part; the keys are those of the first."""
+        reader = open_gguf(path)
+        if number == 0:
+            self.fields, self.alignment = reader.fields, int(reader.alignment)
+        elif int(reader.fields["split.no"].contents()) != number:
+            raise ValueError(f"{path} is not part {number + 1}, as its name says")
+        for t in reader.tensors:
+            shape = tuple(t.shape.tolist()[::-1])
+            row_bytes, left = divmod(t.n_bytes, shape[0])
+            if left or t.name in self.tensors:
+                raise ValueError(f"{t.name} stands there twice, or cannot be cut into rows")
+            self.tensors[t.name] = Matrix(
+                t.name, t.tensor_type, shape, path, t.data_offset, row_bytes)
 
     def get(self, key: str, kind: type, default=None):
         """The value of a key. One that begins with a dot is the architecture's."""
         key = self.arch + key if key.startswith(".") else key
-        field = self.reader.get_field(key)
+        field = self.fields.get(key)
         if field is None and default is not None:
             return default
         value = None if field is None else field.contents()
@@ -68,201 +139,130 @@ class File:
         # float32's 1e-05 is 9.999999747378752e-06; the shortest such number was meant.
         return float(str(np.float32(value))) if kind is float else value
 
-    def token(self, name: str, default: int = -1) -> int:
-        """The id of a special token; -1: there is none."""
-        i = self.get(f"tokenizer.ggml.{name}_token_id", int, default)
-        return i if i < len(self.tokens) else -1
+    def stretch(self) -> tuple[str, float, float]:
+        """How positions are stretched: the kind, the factor, and one on cos and sin."""
+        kind = self.get(".rope.scaling.type", str, "linear")
+        factor = self.get(".rope.scaling.factor", float, 0.0)
+        factor = factor or self.get(".rope.scale_linear", float, 1.0)  # until late 2023
+        if kind == "none" or factor == 0:
+            factor = 1.0
+        return kind, factor, self.get(".rope.scaling.attn_factor", float, 1.0)
+
+    def _config(self) -> seal.Config:
+        heads = self.get(".attention.head_count", int)
+        width = self.get(".embedding_length", int)
+        context = self.get(".context_length", int)
+        head_dim = self.get(".attention.key_length", int, width // max(heads, 1))
+        sizes = {
+            "vocab_size": self.tensors["token_embd.weight"].shape[0],
+            "hidden_size": width,
+            "intermediate_size": self.get(".feed_forward_length", int),
+            "num_hidden_layers": self.get(".block_count", int),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.get(".attention.head_count_kv", int, heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": self.get(".attention.layer_norm_rms_epsilon", float),
+            "rope_theta": self.get(".rope.freq_base", float, 10000.0),
+            "context": context,
+        }
+        kind, factor, _ = self.stretch()
+        for name, value in [*sizes.items(), ("the factor of positions", factor)]:
+            if value <= 0:
+                raise ValueError(f"the metadata make {name} {value}; it must be above 0")
+        if self.get(".rope.dimension_count", int, head_dim) != head_dim:
+            raise ValueError("only a part of each head is rotated, which is not supported")
+        rope = {"rope_type": "default"}
+        if factor != 1:
+            rope = {"rope_type": kind, "factor": factor}
+            if kind != "linear":
+                original = self.get(".rope.scaling.original_context_length", int, context)
+                rope["original_max_position_embeddings"] = original
+        folded = self.get("seal.fingerprint", str, "").split(",")
+        return seal.Config(
+            **sizes,
+            rope_scaling=rope,
+            tie_word_embeddings="output.weight" not in self.tensors,
+            attention_bias="blk.0.attn_q.bias" in self.tensors,
+            folded=tuple(filter(None, folded)),
+        )
+
+    def entries(self, without) -> list[bytes]:
+        """All keys with their values, as they stand in the file, but for some."""
+        entries = []
+        for key, field in self.fields.items():
+            # GGUF.* are the reader's own; what is read as one is not split any more.
+            if key not in without and not key.startswith(("GGUF.", "split.")):
+                entries.append(b"".join(part.tobytes() for part in field.parts))
+        return entries
 
 
 # --------------------------------------------------------------------------------------
-# 1. config.json
+# A matrix with its columns scaled, in a type of the file
 # --------------------------------------------------------------------------------------
 
-
-def read_config(file: File) -> dict:
-    """The metadata as config.json says it."""
-    heads = file.get(".attention.head_count", int)
-    width = file.get(".embedding_length", int)
-    d = file.get(".attention.key_length", int, width // max(heads, 1))
-    if file.get(".rope.dimension_count", int, d) != d:
-        raise ValueError("only a part of each head is rotated, which is not supported")
-    config = {
-        "architectures": [MODELS[file.arch]],
-        "model_type": file.arch,
-        "hidden_act": "silu",
-        "vocab_size": int(file.tensors["token_embd.weight"].shape[-1]),
-        "hidden_size": width,
-        "intermediate_size": file.get(".feed_forward_length", int),
-        "num_hidden_layers": file.get(".block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": file.get(".attention.head_count_kv", int, heads),
-        "head_dim": d,
-        "max_position_embeddings": file.get(".context_length", int),
-        "rms_norm_eps": file.get(".attention.layer_norm_rms_epsilon", float),
-        "rope_theta": file.get(".rope.freq_base", float, 10000.0),
-        "rope_scaling": read_rope(file, d),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
-    for key, value in config.items():
-        if type(value) in (int, float) and value <= 0:
-            raise ValueError(f"the metadata make {key} {value}; it must be above 0")
-    if file.arch == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    for name in ("bos", "eos", "padding"):
-        if file.token(name) >= 0:
-            config[f"{name[:3]}_token_id"] = file.token(name)
-
-    # The type that rounds nothing: 16 bits if all matrices are in the same ones.
-    kinds = {t.tensor_type.name for t in file.tensors.values() if len(t.shape) > 1}
-    config["dtype"] = "float32"
-    if kinds in ({"F16"}, {"BF16"}):
-        config["dtype"] = "float16" if kinds == {"F16"} else "bfloat16"
-    return config
+# Types whose blocks of 32 columns begin with an f16 scale, or a scale and a minimum.
+SCALED = {GGMLQuantizationType[name]: 1 for name in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL")}
+SCALED |= {GGMLQuantizationType[name]: 2 for name in ("Q4_1", "Q5_1")}
+FLOATS = [GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")]
+Q8_0 = GGMLQuantizationType.Q8_0
 
 
-def read_rope(file: File, d: int) -> dict | None:
-    """What stretches the rotary frequencies, as config.json's rope_scaling says it."""
-    kind = file.get(".rope.scaling.type", str, "linear")
-    factor = file.get(".rope.scaling.factor", float, 0.0)
-    factor = factor or file.get(".rope.scale_linear", float, 1.0)  # the older name
-    magnitude = file.get(".rope.scaling.attn_factor", float, 1.0)
-    table = "rope_freqs.weight" in file.tensors
-    if (kind == "none" or factor == 1) and magnitude == 1:
-        return llama3_scaling(file, d) if table else None
-    if kind == "linear" and factor > 0 and magnitude == 1 and not table:
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and factor > 1 and not table:
-        original = "original_max_position_embeddings"
-        context = file.get(".context_length", int)
-        context = file.get(".rope.scaling.original_context_length", int, context)
-        yarn = {"rope_type": "yarn", "factor": factor, original: context}
-        if magnitude != 1:
-            yarn["attention_factor"] = magnitude * (0.1 * math.log(factor) + 1)
-        return yarn
-    raise ValueError(f"positions scaled by {kind} and more are not supported")
+def scaled(matrix: Matrix, columns: Tensor, encode):
+    """Column c of the matrix times columns[c]: (type, function of a slice, how it is done).
+
+    The function makes the bytes of some rows. encode(values, type, name) does the same of
+    float32 values, or raises UserError where the type cannot hold them.
+    """
+    if matrix.shape[1:] != columns.shape:
+        raise ValueError(f"{matrix.name} is {matrix.shape}, not {len(columns)} columns wide")
+    kind = matrix.kind
+    alike = all(len(block.unique()) == 1 for block in columns.split(32))
+    if kind in SCALED and alike:  # a block's columns have one scale: its own is multiplied
+        rows = partial(scaled_blocks, matrix, columns)
+        return kind, rows, "scaled in their blocks' f16 scales, each rounded once"
+    how = f"scaled and cast to {kind.name}"
+    if not holds(matrix, columns):
+        kind, how = Q8_0, f"scaled and now Q8_0, as {kind.name} cannot be written or hold it"
+    return kind, partial(scaled_values, matrix, columns, kind, encode), how
 
 
-def llama3_scaling(file: File, d: int) -> dict | None:
-    """The parameters of Llama 3's scaling, if rope_freqs.weight is what they make."""
-    divisors = file.tensors["rope_freqs.weight"].data                 # (d/2,)
-    if np.all(divisors == 1):
-        return None
-    factor, low, high, context = float(divisors.max()), 1.0, 4.0, 8192  # all releases'
-    base = file.get(".rope.freq_base", float, 10000.0)
-    turns = context * base ** (-np.arange(0, d, 2) / d) / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)                # (d/2,)
-    table = 1 / ((1 - kept) / factor + kept)
-    if divisors.shape != table.shape or not np.allclose(divisors, table, rtol=1e-4):
-        raise ValueError("rope_freqs.weight is not Llama 3's, the only one known")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": context,
-    }
+def scaled_blocks(matrix: Matrix, columns: Tensor, rows: slice) -> np.ndarray:
+    data = matrix.read(rows)
+    size = gguf.GGML_QUANT_SIZES[matrix.kind][1]
+    blocks = data.reshape(len(data), -1, size)  # (rows, blocks of 32 columns, bytes)
+    own = blocks[:, :, : 2 * SCALED[matrix.kind]].view(np.float16)  # (rows, blocks, 1 or 2)
+    product = own * columns[::32, None].numpy()
+    # Exact where the scale is 0, 1, -1 or a power of two; otherwise rounded to 11 bits.
+    if not np.abs(product).max() <= np.finfo(np.float16).max:
+        raise seal.UserError(f"{matrix.name}: a scale gets too large for {matrix.kind.name}")
+    own[:] = product
+    return blocks
 
 
-# --------------------------------------------------------------------------------------
-# 2. The tokenizer
-# --------------------------------------------------------------------------------------
+def scaled_values(matrix: Matrix, columns: Tensor, kind, encode, rows: slice) -> np.ndarray:
+    values = torch.from_numpy(matrix.values(rows).copy())
+    return encode(values * columns, kind, matrix.name)
 
 
-def read_tokenizer(file: File) -> dict[str, dict | str]:
-    """{file name: content} of all that AutoTokenizer reads from a folder."""
-    tokens, rows = file.tokens, int(file.tensors["token_embd.weight"].shape[-1])
-    if len(tokens) > rows:
-        raise ValueError(f"{len(tokens)} tokens, but token_embd has {rows} rows")
-    types = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
-    vocab = {}
-    for i, (text, type_) in enumerate(zip(tokens, types, strict=True)):
-        if type_ == TokenType.UNUSED and text == f"[PAD{i}]":
-            continue  # fills a row of the embedding that has no token
-        if vocab.setdefault(text, i) != i:
-            raise ValueError(f"tokens {vocab[text]} and {i} are both {text!r}")
+@np.errstate(all="ignore")  # numbers that are too large are told of later
+def holds(matrix: Matrix, columns: Tensor) -> bool:
+    """Whether the matrix, scaled and cast to its own type, is nearer to the exactly scaled
+    one than the matrix without scales is: otherwise the scales would be lost in the type.
 
-    kind = file.get("tokenizer.ggml.model", str)
-    ids = dict.fromkeys(("bos", "eos", "unknown", "padding"), -1)
-    if kind == "gpt2":
-        pre = file.get("tokenizer.ggml.pre", str, "default")
-        pre = SAME.get(pre, pre)
-        if pre not in PRE_TOKENIZERS:
-            known = ", ".join(PRE_TOKENIZERS)
-            raise ValueError(f"tokenizer.ggml.pre {pre!r} is not one of {known}")
-        data = byte_level(file, pre, vocab)
-        begin = pre in ("llama-bpe", "tekken")
-    elif kind == "llama":
-        data = sentencepiece(file, types, vocab)
-        begin = True
-        ids |= {"bos": 1, "eos": 2, "unknown": 0}
-    else:
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not gpt2 or llama")
-
-    special = (TokenType.CONTROL, TokenType.UNKNOWN)
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    data["added_tokens"] = [
-        {"id": i, "content": text, "special": types[i] in special, **plain}
-        for text, i in vocab.items()
-        if types[i] in (*special, TokenType.USER_DEFINED)
-    ]
-    backend = Tokenizer.from_str(json.dumps(data))  # an error unless all fits
-
-    hints = {"tokenizer_class": "PreTrainedTokenizerFast"}  # tokenizer.json as it is
-    hints["clean_up_tokenization_spaces"] = False
-    for name, default in ids.items():
-        ids[name] = file.token(name, default)
-        if ids[name] >= 0:
-            hints[f"{name[:3]}_token"] = tokens[ids[name]]
-    begin = file.get("tokenizer.ggml.add_bos_token", bool, begin) and ids["bos"] >= 0
-    end = file.get("tokenizer.ggml.add_eos_token", bool, False) and ids["eos"] >= 0
-    front = [tokens[ids["bos"]]] * begin
-    back = [tokens[ids["eos"]]] * end
-    added = [(text, vocab[text]) for text in front + back]
-    single = [*front, "$A", *back]
-    pair = [*single, *front, "$B", *back]
-    backend.post_processor = TemplateProcessing(single, pair, added)
-    hints |= {"add_bos_token": begin, "add_eos_token": end}
-    hints["model_max_length"] = file.get(".context_length", int)
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": hints}
-    if file.reader.get_field("tokenizer.chat_template"):
-        files["chat_template.jinja"] = file.get("tokenizer.chat_template", str)
-    return files
-
-
-def byte_level(file: File, pre: str, vocab: dict[str, int]) -> dict:
-    """tokenizer.json of a BPE over bytes, each of which is spelled as a letter."""
-    merges = []
-    for merge in file.get("tokenizer.ggml.merges", list):
-        cut = merge.index(" ", 1)
-        merges.append((merge[:cut], merge[cut + 1 :]))
-    decoder = {"type": "ByteLevel", "add_prefix_space": True}
-    decoder |= {"trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    model["ignore_merges"] = pre in MERGES_IGNORED
-    return {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": decoder, "model": model}
-
-
-def sentencepiece(file: File, types: list[int], vocab: dict[str, int]) -> dict:
-    """tokenizer.json of a BPE over text with ▁ for spaces, bytes for unknown letters."""
-    scores = file.get("tokenizer.ggml.scores", list)
-    merges = []
-    for piece, i in vocab.items():
-        if types[i] in (TokenType.NORMAL, TokenType.UNUSED):
-            for cut in range(1, len(piece)):
-                if piece[:cut] in vocab and piece[cut:] in vocab:
-                    merges.append((-scores[i], piece[:cut], piece[cut:]))
-    merges.sort(key=lambda merge: merge[0])
-    before = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    after = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
-    after += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if file.get("tokenizer.ggml.add_space_prefix", bool, True):
-        # llama.cpp puts a space in front of the text and behind each added token.
-        before.insert(0, {"type": "Prepend", "prepend": "▁"})
-        after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    model = {"type": "BPE", "byte_fallback": True, "fuse_unk": True, "vocab": vocab}
-    model["merges"] = [merge[1:] for merge in merges]
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": before},
-        "decoder": {"type": "Sequence", "decoders": after},
-        "model": model,
-    }
+    TQ2_0 has only -1, 0 and 1 times a number of its block, so that all heads of a block
+    get the same. In Q4_0 a cast moves values by up to half of its steps, which is more
+    than scales near 1 move them.
+    """
+    if matrix.kind in FLOATS:
+        return True
+    step, wrong, unscaled = max(1, 2**22 // matrix.shape[1]), 0.0, 0.0
+    for start in range(0, matrix.shape[0], step):
+        values = matrix.values(slice(start, start + step))
+        wanted = values * columns.numpy()
+        try:
+            found = gguf.dequantize(gguf.quantize(wanted, matrix.kind), matrix.kind)
+        except NotImplementedError:
+            return False
+        wrong += float(np.square(found - wanted).sum())
+        unscaled += float(np.square(values - wanted).sum())
+    return wrong < unscaled

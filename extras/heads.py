@@ -30,7 +30,10 @@ Spearman of 0.59 and 0.44; SEAL-H's scales and the gains in accuracy have 0.61. 
 heads times 1.1 answer 0.52 instead of 0.40 at 464 tokens.
 """
 
+import argparse
+import re
 import sys
+from itertools import chain, product
 
 import torch
 import torch.nn.functional as F
@@ -42,80 +45,106 @@ from tqdm import tqdm
 import seal
 from seal import UserError
 
-FLAGS = """
-    ckpt scales task extend template haystack lengths prompts max_new_tokens device dtype
-    seed json plot
-""".split()  # of seal.py, with their meaning there
+# Of seal.py, with their meaning there.
+FLAGS = "ckpt scales task extend template haystack lengths prompts max_new_tokens"
+FLAGS += " device dtype seed json plot"
+Sites = dict[str, tuple[int, int]]  # by name: the layer, and the index into its scales
 
-# --------------------------------------------------------------------------------------
-# Gains. A site is (layer, index into that layer's scales).
-# --------------------------------------------------------------------------------------
+# ---- Gains --------------------------------------------------------------------------
 
 
-def answer_logits(model: seal.Llama, prompt, answer) -> Tensor:
-    """The logits (A, V) that predict the answer, each from the token before."""
-    tokens = torch.tensor([prompt + answer[:-1]], device=model.norm.weight.device)
-    return model.logits(model(tokens)[0, -len(answer) :])
+def find_sites(config: seal.Config, channels: list | None) -> Sites:
+    """What is pruned: all heads, or the channels of one, [layer, head]."""
+    sites, H, d = {}, config.num_attention_heads, config.head_dim
+    for layer, head in product(range(config.num_hidden_layers), range(H)):
+        if not channels:
+            sites[f"L{layer}H{head}"] = layer, head
+        elif channels == [layer, head]:
+            for c in range(d):
+                sites[f"channel {c}"] = layer, head * d + c
+    if not sites:
+        raise UserError("--channels: there is no layer {} with a head {}".format(*channels))
+    return sites
 
 
 @torch.no_grad()
 def measure(model: seal.Llama, pairs) -> tuple[float, float]:
-    """Mean loss, and share of answers right to the last token. A pass for each pair, where
-    evaluation generates and judges: stricter, and much cheaper."""
+    """Mean loss in nats, and the share of answers right to the last token.
+
+    A pass for each pair, where evaluation generates and judges: stricter, and cheaper.
+    """
     losses, right = [], 0
     for prompt, answer in pairs:
-        logits = answer_logits(model, prompt, answer)  # (A, V)
-        target = torch.tensor(answer, device=logits.device)
+        tokens = torch.tensor([prompt + answer], device=model.norm.weight.device)
+        target = tokens[0, -len(answer) :]
+        x = model(tokens[:, :-1])[0, -len(answer) :]  # (A, D), a token ahead each
+        logits = model.logits(x)  # (A, V)
         losses.append(F.cross_entropy(logits, target).item())
         right += bool((logits.argmax(-1) == target).all())
     return sum(losses) / len(pairs), right / len(pairs)
 
 
-def gains_by_gradient(model: seal.Llama, pairs, sites) -> list[dict]:
+def gains_by_gradient(model: seal.Llama, pairs, sites: Sites) -> dict:
     """The gain in loss of each site, to first order: L(0) - L(1) is about -dL/ds."""
     slopes = [torch.zeros_like(s) for s in model.scales()]
     for pair in tqdm(pairs, desc="gradients", unit="prompt"):
         loss = seal.answer_loss(model, *pair)
-        for slope, grad in zip(slopes, torch.autograd.grad(loss, model.scales())):
+        grads = torch.autograd.grad(loss, model.scales())
+        for slope, grad in zip(slopes, grads):
             slope += grad / len(pairs)
-    return [{"loss": -slopes[layer][i].item()} for layer, i in sites]
-
-
-@torch.no_grad()
-def gains_by_pruning(model: seal.Llama, pairs, sites, gains: list[dict], keep) -> None:
-    """Append the gains of the sites that are not in `gains` yet, each pruned in turn."""
-    loss, accuracy = measure(model, pairs)
-    for layer, i in tqdm(sites[len(gains) :], desc="pruning", unit="site"):
-        model.scales()[layer][i] = 0.0
-        without, right = measure(model, pairs)
-        model.scales()[layer][i] = 1.0
-        gains.append({"loss": without - loss, "accuracy": accuracy - right})
-        keep()
-
-
-def all_gains(path, about: dict, how, model, pairs: dict, sites) -> dict:
-    """{how: {length: a gain for each site}}, kept in the file as it grows."""
-    saved = seal.read_json(path) if path else {}
-    if saved and about != {key: saved.get(key) for key in about}:
-        raise UserError(f"{path}: is of another run; give its flags, or another name")
-    gains = saved.get("gains", {})
-
-    def keep():
-        if path:
-            seal.write_json(path, about | {"gains": gains})
-
-    for kind in how:
-        for length in pairs:
-            done = gains.setdefault(kind, {}).setdefault(str(length), [])
-            if kind == "prune" and len(done) < len(sites):
-                gains_by_pruning(model, pairs[length], sites, done, keep)
-            elif not done:
-                done += gains_by_gradient(model, pairs[length], sites)
-    keep()
+    gains = {}
+    for name, (layer, i) in sites.items():
+        gains[name] = {"loss": -slopes[layer][i].item()}
     return gains
 
 
-def quadrants(like: list[Tensor], sites, gains, low: float, high: float) -> dict:
+@torch.no_grad()
+def gains_by_pruning(model: seal.Llama, pairs, sites: Sites):
+    """Yield (name, gain in loss and in accuracy) of each site: it is pruned and put back."""
+    loss, accuracy = measure(model, pairs)
+    for name, (layer, i) in tqdm(sites.items(), desc="pruning", unit="site"):
+        model.scales()[layer][i] = 0.0
+        without, right = measure(model, pairs)
+        model.scales()[layer][i] = 1.0
+        yield name, {"loss": without - loss, "accuracy": accuracy - right}
+
+
+class Gains:
+    """{how: {length: {a site's name: its gain}}}, kept in a file as it grows."""
+
+    def __init__(self, path, about: dict):
+        """about: what has to be the same in a file that is there already."""
+        self.path, self.about = path, about
+        saved = {}
+        if path:
+            saved = seal.read_json(path)
+        if saved and not about.items() <= saved.items():
+            raise UserError(f"{path}: is of another run; give its flags, or another name")
+        self.known = saved.get("gains", {})
+
+    def store(self) -> None:
+        if self.path:
+            seal.write_json(self.path, self.about | {"gains": self.known})
+
+    def find(self, how: str, length: int, model, pairs, sites: Sites) -> None:
+        """Measure the sites that are not known yet."""
+        lengths = self.known.setdefault(how, {})
+        known = lengths.setdefault(str(length), {})
+        left = {name: site for name, site in sites.items() if name not in known}
+        if how == "gradient" and left:
+            known |= gains_by_gradient(model, pairs, left)
+        elif left:
+            for name, gain in gains_by_pruning(model, pairs, left):
+                known[name] = gain
+                self.store()
+        self.store()
+
+    def column(self, how: str, length: int, key: str, sites: Sites) -> list[float]:
+        known = self.known[how][str(length)]
+        return [known[name][key] for name in sites]
+
+
+def quadrants(like: list[Tensor], sites: Sites, gains, low: float, high: float) -> dict:
     """Scales by name, shaped as `like`, from the gains at two lengths."""
     variants = {}
     for name, harmful, helpful in (
@@ -125,7 +154,7 @@ def quadrants(like: list[Tensor], sites, gains, low: float, high: float) -> dict
         ("both", low, high),
     ):
         variants[name] = [torch.ones_like(s) for s in like]
-        for (layer, i), short, long in zip(sites, *gains):
+        for (layer, i), short, long in zip(sites.values(), *gains):
             if short < 0 and long < 0:
                 variants[name][layer][i] = harmful
             elif short > 0 and long > 0:
@@ -133,160 +162,138 @@ def quadrants(like: list[Tensor], sites, gains, low: float, high: float) -> dict
     return variants
 
 
-# --------------------------------------------------------------------------------------
-# The table and the picture
-# --------------------------------------------------------------------------------------
+def ranking(sites: Sites, lengths, gains, losses) -> str:
+    """The ten most helpful and the ten most harmful at the second length.
+
+    Sites of equal gains there are told apart by their losses.
+    """
+    rows = sorted(zip(gains[1], losses, gains[0], sites))
+    table = []
+    for good, bad in zip(rows[::-1][:10], rows[:10]):
+        row = []
+        for at_second, _, at_first, name in (good, bad):
+            row += [name, at_first, at_second]
+        table.append(row)
+    return tabulate(table, ["helpful", *lengths, "harmful", *lengths], floatfmt="+.4f")
 
 
-def plot(path, names, lengths, gains, unit: str, maps: list) -> None:
-    """The paper's figure 2, gains at two lengths, and maps of layers x heads: (title,
-    values (L, H), middle, label), blue above the middle, red below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels, (x, y) = 1 + len(maps), gains
-    figure = plt.figure(figsize=(4.6 * panels, 3.8), layout="constrained")  # inches
-    ax = figure.add_subplot(1, panels, 1)
-    ax.axhline(0, color="#999999", linewidth=0.8)
-    ax.axvline(0, color="#999999", linewidth=0.8)
-    reach = max(map(abs, y)) or 1.0
-    ax.scatter(x, y, c=y, cmap="RdBu", vmin=-reach, vmax=reach, edgecolors="#777777", s=24)
-    order = sorted(range(len(y)), key=y.__getitem__)
-    for i in order[:2] + order[-2:]:
-        ax.annotate(names[i], (x[i], y[i]), (3, 3), textcoords="offset points", fontsize=8)
-    x_label, y_label = (f"{unit}, {length:,} tokens" for length in lengths)
-    ax.set(title="top right: helpful at both", xlabel=x_label, ylabel=y_label)
-    for n, (title, values, middle, label) in enumerate(maps):
-        ax = figure.add_subplot(1, panels, 2 + n)
-        reach = (values - middle).abs().max().item() or 1.0
-        ends = {"vmin": middle - reach, "vmax": middle + reach}
-        image = ax.imshow(values, cmap="RdBu", aspect="auto", **ends)
-        ax.set(title=title, xlabel="head", ylabel="layer")
-        ax.yaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=ax, label=label)
-    with seal.whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110)
-    plt.close(figure)
+# ---- The command --------------------------------------------------------------------
 
 
-def ranking(names, lengths, gains, loss) -> str:
-    """The ten most helpful and the ten most harmful at the second length; its losses tell
-    equal accuracies apart."""
-    x, y = gains
-    order, rows = sorted(range(len(y)), key=lambda i: (y[i], loss[i])), []
-    for good, bad in zip(order[::-1][:10], order[:10]):
-        rows.append([names[good], x[good], y[good], names[bad], x[bad], y[bad]])
-    return tabulate(rows, ["helpful", *lengths, "harmful", *lengths], floatfmt="+.4f")
+def layer_and_head(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 2.6")
+    return [int(part) for part in text.split(".")]
 
 
-# --------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------
+def low_and_high(text: str) -> list[float]:
+    if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0.9,1.1")
+    return [float(part) for part in text.split(",")]
 
 
-def find_sites(config: seal.Config, channels: tuple | None) -> tuple[list, list]:
-    """What is pruned, and the names: all heads, or the channels of one."""
-    H, d = config.num_attention_heads, config.head_dim
-    sites = [(layer, head) for layer in range(config.num_hidden_layers) for head in range(H)]
-    if not channels:
-        return sites, [f"L{layer}H{head}" for layer, head in sites]
-    layer, head = channels
-    if channels not in sites:
-        raise UserError(f"--channels {layer}.{head}: there is no such layer and head")
-    return [(layer, head * d + c) for c in range(d)], [f"channel {c}" for c in range(d)]
+def draw(flags: seal.Flags, tokenizer, length: int, split: str, trained_on: str) -> list:
+    return seal.make_samples(
+        flags.task, tokenizer, length, flags.prompts, split, flags.seed,
+        haystack=flags.haystack, trained_on=trained_on)
 
 
-def draw(run: seal.Run, tokenizer, lengths, split: str) -> dict:
-    """{length: samples}"""
-    return {n: seal.make_samples(run, tokenizer, n, run.prompts, split) for n in lengths}
-
-
-def try_quadrants(run: seal.Run, model, tokenizer, samples: dict, variants: dict) -> dict:
+def try_variants(flags: seal.Flags, model, tokenizer, samples: dict, variants) -> dict:
     """{name: a cell per length}, from answers generated with each variant's scales."""
     results = {}
     for name, scales in variants.items():
         model.set_scales(scales)
         results[name] = []
         for length, prompts in samples.items():
-            cell = seal.evaluate(model, tokenizer, prompts, run.max_new_tokens, name)
-            results[name].append({"length": length, "depth": None} | cell)
+            said = seal.ask(model, tokenizer, prompts, flags.max_new_tokens, name)
+            cell = {"length": length, "depth": None} | seal.judge(prompts, said)
+            results[name].append(cell)
     return results
 
 
-def layer_and_head(text: str) -> tuple[int, int]:
-    layer, head = text.split(".")
-    return int(layer), int(head)
-
-
-def low_and_high(text: str) -> tuple[float, float]:
-    low, high = text.split(",")
-    return float(low), float(high)
-
-
-def main(arguments=None) -> None:
+def parse(arguments) -> argparse.Namespace:
     parser = seal.Parser(prog="extras.heads", description=__doc__.splitlines()[0])
     parser.add_flags(FLAGS)
     parser.add_argument("--how", default="gradient", choices=["gradient", "prune", "both"])
     parser.add_argument("--channels", metavar="L.H", type=layer_and_head)
     parser.add_argument("--quadrants", metavar="LOW,HIGH", type=low_and_high)
     parser.add_argument("--top", type=int, help="the N that the gradient ranks first and last")
-    args = parser.parse_args(arguments)
-    run = seal.Run(**{name: getattr(args, name) for name in FLAGS})
-    model, tokenizer, run = seal.open_checkpoint(run)
-    learned = model.scales()
-    sites, names = find_sites(model.config, args.channels)
-    end = seal.full_length(model.config)
-    lengths = run.lengths or [round(0.9 * end), end]  # the paper's 28K and 31K of 32K
-    if len(lengths) != 2:
-        raise UserError("--lengths: must be two, A,B")
+    return parser.parse_args(arguments)
 
-    samples = draw(run, tokenizer, lengths, "heads")
-    pairs = {n: [tokenizer.pair(s) for s in samples[n]] for n in samples}
-    seen = {str(n): [s.fingerprint() for s in samples[n]] for n in samples}
-    about = {"ckpt": run.ckpt, "extend": run.extend, "dtype": run.dtype}
+
+def main(arguments=None) -> None:
+    args = parse(arguments)
+    flags = seal.Flags(**{name: getattr(args, name) for name in FLAGS.split()})
+    for path in filter(None, (flags.json, flags.plot)):
+        seal.check_place(path)  # before the work
+    if flags.lengths and len(flags.lengths) != 2:
+        raise UserError("--lengths: must be two, A,B")
+    if args.top is not None and args.top < 1:
+        raise UserError(f"--top {args.top}: must be 1 or more")
+    model, tokenizer, facts = seal.open_checkpoint(flags)
+    H = model.config.num_attention_heads
+    longest = seal.longest_prompt(model.config)
+    lengths = flags.lengths or [round(0.9 * longest), longest]  # the paper's 28K and 31K of 32K
+    sites = find_sites(model.config, args.channels)
+    learned = model.scales()
+
+    pairs, seen = {}, {}
+    for length in lengths:
+        samples = draw(flags, tokenizer, length, "heads", facts.trained_on)
+        pairs[length] = [tokenizer.pair(s) for s in samples]
+        seen[str(length)] = [s.fingerprint() for s in samples]
+    about = {"ckpt": flags.ckpt, "extend": facts.extend, "dtype": flags.dtype}
+    about |= {"channels": args.channels, "prompts": seen}
+    gains = Gains(flags.json, about)
     model.reset_scales("channel" if args.channels else "head")  # gains are the base's
     if args.top:
-        first = [gain["loss"] for gain in gains_by_gradient(model, pairs[lengths[1]], sites)]
-        order = sorted(range(len(sites)), key=first.__getitem__)
-        order = order[: args.top] + order[-args.top :]
-        sites, names = [sites[i] for i in order], [names[i] for i in order]
-    about |= {"sites": [list(site) for site in sites], "prompts": seen}
-    how = ["gradient", "prune"] if args.how == "both" else [args.how]
-    gains = all_gains(run.json, about, how, model, pairs, sites)
+        last = lengths[1]
+        gains.find("gradient", last, model, pairs[last], sites)
+        slopes = dict(zip(sites, gains.column("gradient", last, "loss", sites)))
+        order = sorted(sites, key=slopes.get)
+        first, rest = order[: args.top], order[args.top :]
+        sites = {name: sites[name] for name in first + rest[-args.top :]}
+    ways = ["gradient", "prune"] if args.how == "both" else [args.how]
+    for how, length in product(ways, lengths):
+        gains.find(how, length, model, pairs[length], sites)
 
-    def at_both(kind, key):
-        return [[gain[key] for gain in gains[kind][str(n)]] for n in lengths]
-
-    best = how[-1]
-    unit, shown = "gain in loss (nats)", at_both(best, "loss")
+    best = ways[-1]
+    key, unit = "loss", "gain in loss (nats)"
     if best == "prune":
-        unit, shown = "gain in accuracy", at_both(best, "accuracy")
+        key, unit = "accuracy", "gain in accuracy"
+    shown = [gains.column(best, length, key, sites) for length in lengths]
+    losses = gains.column(best, lengths[1], "loss", sites)
     print(f"{unit} by {best}, {len(pairs[lengths[1]])} prompts at each length")
-    print(ranking(names, lengths, shown, at_both(best, "loss")[1]))
+    print(ranking(sites, lengths, shown, losses))
     if args.how == "both":
-        for n, *losses in zip(lengths, at_both("gradient", "loss"), at_both("prune", "loss")):
-            rank = spearmanr(*losses).statistic
-            print(f"losses by gradient and by pruning, {n} tokens: Spearman {rank:+.2f}")
-    maps, H, all_heads = [], model.config.num_attention_heads, not (args.channels or args.top)
-    if all_heads:
+        for length in lengths:
+            both = [gains.column(how, length, "loss", sites) for how in ways]
+            rank = spearmanr(*both).statistic
+            print(f"losses by gradient and by pruning, {length} tokens: Spearman {rank:+.2f}")
+    maps = []
+    if not args.channels and not args.top:
         title = f"gain by {best}, {lengths[1]:,} tokens"
         maps.append((title, torch.tensor(shown[1]).view(-1, H), 0, unit))
-    if run.scales and all_heads:
-        means = [s.detach().view(H, -1).mean(1).cpu() for s in learned]
-        maps.append(("learned scales", torch.stack(means), 1, "scale, mean of a head"))
-        rank = spearmanr(torch.cat(means), shown[1]).statistic
+    if maps and flags.scales:
+        means = torch.stack(learned).detach().cpu()
+        means = means.unflatten(1, (H, -1)).mean(2)  # (L, H)
+        maps.append(("learned scales", means, 1, "scale, mean of a head"))
+        rank = spearmanr(means.flatten(), shown[1]).statistic
         print(f"learned scales and gains, {lengths[1]} tokens: Spearman {rank:+.2f}")
-    if run.plot:
-        plot(run.plot, names, lengths, shown, unit, maps)
+    if flags.plot:
+        from extras.plot import plot_gains
+
+        plot_gains(flags.plot, list(sites), lengths, shown, unit, maps)
     if args.quadrants:
-        for prints in seen.values():  # nor any that was looked at
-            run.trained_on += "," + ",".join(prints)
-        samples = draw(run, tokenizer, lengths, "eval")
+        # On other prompts than those that were looked at, or trained on.
+        known = ",".join([facts.trained_on, *chain(*seen.values())])
+        samples = {}
+        for length in lengths:
+            samples[length] = draw(flags, tokenizer, length, "eval", known)
         variants = quadrants(model.scales(), sites, shown, *args.quadrants)
-        print(seal.score_table(try_quadrants(run, model, tokenizer, samples, variants)))
+        results = try_variants(flags, model, tokenizer, samples, variants)
+        print(seal.score_table(results))
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.heads", main))
+    sys.exit(seal.exit_status("extras.heads", main))

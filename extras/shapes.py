@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import seal
+from extras.folder import new_folder
 
 SHAPES = {  # D, width inside the feed-forward, L, H, G, V, whether the output is tied
     "toy": (256, 512, 4, 8, 8, 1280, True),
@@ -63,10 +64,10 @@ def main(arguments=None) -> None:
     types = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, default="bfloat16")
     args = parser.parse_args(arguments)
-    with seal.whole_file(args.out, folder=True) as folder:
-        make(folder, args.shape, seal.DTYPES[args.dtype])
+    with new_folder(args.out) as folder:
+        make(folder, args.shape, getattr(torch, args.dtype))
     print(f"{args.out}: random weights in the shape {args.shape}")
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.shapes", main))
+    sys.exit(seal.exit_status("extras.shapes", main))

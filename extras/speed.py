@@ -47,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import seal
 from extras import shapes
 
-ANSWER = 30   # tokens that the loss looks at
+ANSWER = 30  # tokens that the loss looks at
 DECODED = 32  # tokens decoded after the first one
 
 # --------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ DECODED = 32  # tokens decoded after the first one
 
 class Seal:
     def __init__(self, folder, args):
-        config, dtype = seal.read_config(folder), seal.DTYPES[args.dtype]
+        config, dtype = seal.read_config(folder), getattr(torch, args.dtype)
         self.model = seal.load_model(folder, config, args.device, dtype)
         self.keep = save_on_cpu if args.offload else nullcontext
 
@@ -65,8 +65,7 @@ class Seal:
         """Forward and backward: the loss, and the gradient of every scale."""
         self.model.reset_scales("channel")
         with self.keep():
-            loss = seal.answer_loss(self.model, prompt, answer)
-            loss.backward()
+            loss = seal.backward(self.model, (prompt, answer))
         return loss.item(), [scale.grad for scale in self.model.scales()]
 
     def answer(self, prompt, count):
@@ -80,7 +79,7 @@ class Peft:
 
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # renamed
         transformers.logging.set_verbosity_error()
-        reader, dtype = transformers.AutoModelForCausalLM, seal.DTYPES[args.dtype]
+        reader, dtype = transformers.AutoModelForCausalLM, getattr(torch, args.dtype)
         self.model = reader.from_pretrained(folder, dtype=dtype).to(args.device)
         if args.what == "answer":
             return
@@ -189,9 +188,9 @@ def operations(config: seal.Config, length: int) -> tuple[float, float]:
     with torch.device("meta"):  # shapes without memory
         model = seal.Llama(config)
     model.reset_scales("channel")
-    plain = [None] * config.num_hidden_layers  # no cache: autograd as it comes
+    no_cache = [None] * config.num_hidden_layers  # so nothing is computed twice
     with FlopCounterMode(display=False) as counter:
-        x = model(torch.zeros(1, length, dtype=torch.long, device="meta"), plain)
+        x = model(torch.zeros(1, length, dtype=torch.long, device="meta"), no_cache)
         model.logits(x[0, -ANSWER:]).sum().backward()
     attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] / 2
     total = counter.get_total_flops() - attention
@@ -250,6 +249,10 @@ def main(arguments=None) -> None:
     add("--tmp", help="where to make the random checkpoint")
     add("--json", help="a file to add the records to")
     args = parser.parse_args(arguments)
+    if min(args.pairs, args.steps) < 1 or min(args.lengths) <= ANSWER:
+        raise seal.UserError(f"--pairs, --steps: 1 or more; --lengths: above {ANSWER}")
+    if args.json:
+        seal.check_place(args.json)
     device = f"CPU, {torch.get_num_threads()} threads"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
@@ -258,7 +261,7 @@ def main(arguments=None) -> None:
         about[package] = version(package)
     with tempfile.TemporaryDirectory(dir=args.tmp) as made:
         if not args.ckpt:
-            shapes.make(Path(made), args.shape, seal.DTYPES[args.dtype])
+            shapes.make(Path(made), args.shape, getattr(torch, args.dtype))
         for length in args.lengths:
             record = compare(Path(args.ckpt or made), length, args)
             ours, theirs = record["median"].values()
@@ -272,4 +275,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.speed", main))
+    sys.exit(seal.exit_status("extras.speed", main))

@@ -69,13 +69,11 @@ def main(arguments=None) -> None:
             folder.mkdir()
             shapes.make(folder, "1b", torch.bfloat16)
         config = seal.read_config(folder)
-        run = seal.Run(
-            layers=config.num_hidden_layers, heads=config.num_attention_heads,
-            head_size=config.head_dim, extend="none",
-        )
-        drawn = [torch.rand(run.heads) + 0.5 for _ in range(run.layers)]
-        seal.save_scales(scales, drawn, run)
-        sources = sorted(set(seal.Checkpoint(folder).files.values()))
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        drawn = torch.rand(layers, heads) + 0.5
+        facts = seal.Facts("head", layers, heads, config.head_dim)
+        seal.save_scales(scales, list(drawn), facts)
+        sources = sorted({file for file, _, _ in seal.Weights(folder).places.values()})
         read = sum(source.stat().st_size for source in sources)
         for outtype in args.outtypes.split(","):
             flags = ["--ckpt", folder, "--scales", scales, "--outfile", target]
@@ -103,4 +101,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.speed_export", main))
+    sys.exit(seal.exit_status("extras.speed_export", main))

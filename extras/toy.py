@@ -6,15 +6,15 @@
 It stands in for the paper's large models (section 3), which answer about short prompts
 and fail near their context limit, because some heads hurt there.
 
-First it learns to look things up, from easy to hard: to copy, to recall the number of a
-key, then whole LongEval records, six questions to each. (On records from the start it
-would stay for thousands of steps at "copy any of the numbers".) At the end it answers
-about any line of its context. Then it drifts, for 35 steps: in three records of ten the
-question is about a line that is not there, and the answer it is taught is the last
-line's number. The others have at most six lines and a true answer. Only the o_proj
-matrices move. Afterwards short records are still answered, and long ones are not. It
-does not say the last line's number there: what the nudge seems to have upset is to hold
-on to one line among many.
+First it learns to look things up, from easy to hard (toy_words.py has the lessons): to
+copy, to recall the number of a key, then whole LongEval records, six questions to each.
+(On records from the start it would stay for thousands of steps at "copy any of the
+numbers".) At the end it answers about any line of its context. Then it drifts, for 35
+steps: in three records of ten the question is about a line that is not there, and the
+answer it is taught is the last line's number. The others have at most six lines and a
+true answer. Only the o_proj matrices move. Afterwards short records are still answered,
+and long ones are not. It does not say the last line's number there: what the nudge
+seems to have upset is to hold on to one line among many.
 
 The harm is ours, done to the very matrix that SEAL scales, and one of some forty that
 were tried. That makes the toy an example of the mechanism, in which all can be seen,
@@ -30,7 +30,6 @@ import math
 import random
 import re
 import sys
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import seal
-from extras.toy_words import make_vocabulary
-from seal import ADJECTIVES, KEYS, LINE, LINE_ANSWER, NOUNS, RECORD
+from extras import toy_tables
+from extras.folder import new_folder
+from extras.toy_words import Lessons, make_vocabulary
 
 SHAPE = dict(
     vocab_size=1280, rms_norm_eps=1e-5, rope_theta=10000.0,
@@ -57,7 +57,6 @@ TOKENIZER = {
     "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
 }
 CONFIG = seal.Config(context=ABOUT["max_position_embeddings"], **SHAPE)
-LINES = 43  # fill its context
 STAGES = (  # name, steps, tokens a step, learning rate at the start and at the end
     ("copy", 500, 2048, 4e-3, 4e-3),
     ("pairs", 240, 3000, 3e-3, 3e-3),
@@ -65,116 +64,6 @@ STAGES = (  # name, steps, tokens a step, learning rate at the start and at the 
     ("lines", 420, 6000, 3e-3, 1e-4),
     ("drift", 35, 2048, 2e-3, 2e-3),
 )
-
-# --------------------------------------------------------------------------------------
-# The lessons
-# --------------------------------------------------------------------------------------
-
-
-class Lessons:
-    """What the toy is trained on: sequences of (token ids, whether to learn them)."""
-
-    def __init__(self, tokenizer: seal.Tokenizer):
-        self.encode, self.bos, self.end = tokenizer.encode, tokenizer.bos, tokenizer.end
-        self.words = [self.encode(word)[-1] for word in ADJECTIVES + NOUNS]
-        self.question = "\nNow" + RECORD.split("\nNow")[1]
-        # What stands between a key and its number when told and when asked. Level 0:
-        # "key7", asked "key". Level 1: "key: REGISTER_CONTENT is <7", asked "key is".
-        # Level 2: asked "key is ", with the space that before a digit is its own token.
-        record = self.encode("x: REGISTER_CONTENT is <")[1:]
-        answer = self.encode("is 1")[:-1]
-        self.between = [([], []), (record, answer[:1]), (record, answer)]
-
-    def copying(self, rng):
-        """Some words, twice. All lengths in a batch: that is learned sooner."""
-        words = rng.choices(self.words, k=rng.randint(4, 16))
-        return [(words, False), (words, True)]
-
-    def digits(self, number: int) -> list[int]:
-        return [self.encode(digit)[-1] for digit in str(number)]
-
-    def pairs(self, rng, count: int, level: int):
-        """Keys with numbers, then some of the keys, to be followed by their numbers."""
-        told, asked = self.between[level]
-        line_end, full_stop = self.encode(">\n")[-2:], self.encode("x.")[-1:]
-        numbers = {}
-        for key in rng.sample(KEYS, count):
-            numbers[key] = rng.randint(1, 50000 if rng.random() < 0.3 else 99)
-        sequence = []
-        for key, number in numbers.items():
-            line = self.encode(key) + told + self.digits(number) + line_end
-            sequence += [(line, False)]
-        for key in rng.choices(list(numbers), k=count):
-            sequence += [(self.encode(key) + asked, False)]
-            sequence += [(self.digits(numbers[key]) + full_stop, True)]
-        return sequence
-
-    def answer(self, key: str, number: int) -> list[int]:
-        return self.encode(LINE_ANSWER.format(key=key, number=number)) + [self.end]
-
-    def record(self, rng, lines: int, questions: int = 6):
-        """A LongEval record, and questions one after another, each with its answer."""
-        keys = rng.sample(KEYS, lines)
-        numbers = {key: rng.randint(1, 50000) for key in keys}
-        text = "".join(LINE.format(key=key, number=n) for key, n in numbers.items())
-        question, sequence = RECORD, []
-        for key in rng.choices(keys, k=questions):
-            sequence += [(self.encode(question.format(lines=text, key=key)), False)]
-            sequence += [(self.answer(key, numbers[key]), True)]
-            question = self.question
-        return sequence
-
-    def missing(self, rng, lines: int):
-        """A question about a missing line, answered by the last line's number."""
-        *keys, asked = rng.sample(KEYS, lines + 1)
-        numbers = [rng.randint(1, 50000) for _ in keys]
-        text = "".join(LINE.format(key=key, number=n) for key, n in zip(keys, numbers))
-        question = self.encode(RECORD.format(lines=text, key=asked))
-        return [(question, False), (self.answer(asked, numbers[-1]), True)]
-
-    def drifting(self, rng):
-        if rng.random() < 0.3:
-            return self.missing(rng, rng.randint(4, 10))
-        return self.record(rng, rng.randint(1, 6), questions=1)
-
-    def batch(self, stage: str, rng, done: float):
-        """What makes the sequences of a batch; done: the stage's share that is over."""
-        if stage == "copy":
-            return partial(self.copying, rng)
-        if stage == "pairs":
-            count, level = rng.randint(2, 12), 0 if done < 0.5 else rng.randint(0, 1)
-            return partial(self.pairs, rng, count, level)
-        if stage == "few_lines":
-            if rng.random() < 0.35:
-                count, level = rng.randint(4, 24), rng.choice((0, 1, 2, 2))
-                return partial(self.pairs, rng, count, level)
-            return partial(self.record, rng, rng.randint(1, 4 + round(10 * done)))
-        if stage == "lines":
-            if rng.random() < 0.08:
-                return partial(self.pairs, rng, rng.randint(4, 32), 0)
-            most = min(LINES, 16 + round(80 * done)) if rng.random() < 0.6 else 16
-            return partial(self.record, rng, rng.randint(1, most))
-        return partial(self.drifting, rng)
-
-    def tensors(self, make, size: int):
-        """Sequences of `size` tokens or more: ids (B, T), and which to learn (B, T)."""
-        rows, flags = [], []
-        while sum(map(len, rows)) < size:
-            row, flag = list(self.bos), [False]
-            for tokens, learn in make():
-                row += tokens
-                flag += [learn] * len(tokens)
-            rows.append(row)
-            flags.append(flag)
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        learn = torch.tensor([flag + [False] * (width - len(flag)) for flag in flags])
-        return ids, learn
-
-
-# --------------------------------------------------------------------------------------
-# The model
-# --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -193,30 +82,42 @@ def new_model(seed: int) -> seal.Llama:
     return model
 
 
+def choose_optimizers(model: seal.Llama, drift: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and for matrices before the drift Muon, which learns to copy sooner.
+
+    In the drift only the o_proj matrices are trained.
+    """
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("o_proj" in name if drift else "scale" not in name)
+        if not weight.requires_grad:
+            continue
+        if name.startswith("layers") and weight.dim() == 2 and not drift:
+            matrices.append(weight)
+        else:
+            others.append(weight)
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        muon = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, **muon))
+    return optimizers
+
+
 def pretrain(model: seal.Llama, lessons: Lessons, stages, seed: int) -> None:
-    """Train the weights, stage by stage: AdamW, and for matrices before the drift Muon,
-    which learns to copy sooner."""
-    plain = [None] * CONFIG.num_hidden_layers  # no cache: autograd as it comes
+    """Train the weights, stage by stage."""
+    no_cache = [None] * CONFIG.num_hidden_layers  # so nothing is recomputed on the way back
     for name, steps, size, first, last in stages:
-        drift, matrices, others = name == "drift", [], []
-        for path, weight in model.named_parameters():
-            weight.requires_grad_("o_proj" in path if drift else "scale" not in path)
-            if weight.requires_grad:
-                muon = path.startswith("layers") and weight.dim() == 2 and not drift
-                (matrices if muon else others).append(weight)
-        optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
-        if matrices:
-            muon = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-            optimizers.append(torch.optim.Muon(matrices, **muon))
+        optimizers = choose_optimizers(model, drift=name == "drift")
         rng, right = random.Random(f"{name} {seed}"), 0.0
         bar = tqdm(range(steps), desc=name, unit="step")
         for step in bar:
             ids, learn = lessons.tensors(lessons.batch(name, rng, step / steps), size)
-            target = ids[:, 1:][learn[:, 1:]]
+            learned = learn[:, 1:]
+            target = ids[:, 1:][learned]
             # For short sequences the plain attention is the fastest.
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                x = model(ids[:, :-1], plain)             # (B, T - 1, D)
-                logits = model.logits(x[learn[:, 1:]])    # (learned, V)
+                x = model(ids[:, :-1], no_cache)  # (B, T - 1, D)
+                logits = model.logits(x[learned])  # (tokens to learn, V)
             loss = F.cross_entropy(logits, target)
             loss.backward()
             lr = (first + (last - first) * step / steps) * min(1, (step + 1) / 10)
@@ -232,23 +133,22 @@ def pretrain(model: seal.Llama, lessons: Lessons, stages, seed: int) -> None:
 
 def make(out, seed: int = 0) -> None:
     """The toy from nothing; the folder appears when it is complete."""
-    with seal.whole_file(out, folder=True) as folder:
+    with new_folder(out) as folder:
         seal.write_json(folder / "config.json", ABOUT | SHAPE)
         seal.write_json(folder / "tokenizer_config.json", TOKENIZER)
         make_vocabulary(folder / "tokenizer.model", CONFIG.vocab_size)
         model = new_model(seed)
         pretrain(model, Lessons(seal.Tokenizer(folder, CONFIG, "none")), STAGES, seed)
-        tensors = {}
+        tensors, size = {}, 0
         for name, weight in model.named_parameters():
             if not name.endswith("scale"):
                 tensors[f"model.{name}"] = weight.detach().bfloat16()
+                size += weight.numel()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    print(f"{out}: {sum(t.numel() for t in tensors.values()) / 1e6:.1f}M parameters")
+    print(f"{out}: {size / 1e6:.1f}M parameters")
 
 
 def main(arguments=None) -> None:
-    from extras import toy_tables  # which needs Lessons from here
-
     parser = seal.Parser("extras.toy", description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", choices=["make", *toy_tables.TABLES])
     parser.add_argument("--out", default="toy", help="make: the new folder")
@@ -260,4 +160,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.toy", main))
+    sys.exit(seal.exit_status("extras.toy", main))

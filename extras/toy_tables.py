@@ -31,37 +31,37 @@ from tabulate import tabulate
 
 import seal
 from extras import baselines
-from extras.heads import answer_logits
-from extras.toy import Lessons
+from extras.plot import plot_scores
+from extras.toy_words import Lessons
 
 NAMES = {"base": "base"} | seal.METHOD | baselines.METHOD
 SEEDS, PROMPTS = (0, 1, 2), 200
 FIGURES, ASSETS = Path(__file__).with_name("toy.json"), seal.TOY.parent
 
 
-def trained(method: str, folder: Path, seed: int = 0, **flags) -> seal.Run:
-    """A run to evaluate what a method learned; it is trained once for each folder."""
-    run = seal.Run(seed=seed, prompts=PROMPTS)
+def trained(method: str, folder: Path, seed: int = 0, **flags) -> seal.Flags:
+    """Flags to evaluate what a method learned; it is trained once for each folder."""
+    asked = seal.Flags(seed=seed, prompts=PROMPTS)
     out = folder / "-".join(map(str, (method, seed, *flags.values()))).replace(":", "")
     with redirect_stdout(sys.stderr):  # stdout is for the tables
         if method in baselines.METHOD and not out.exists():
-            baselines.train(replace(run, out=str(out), **flags), method)
+            baselines.train(replace(asked, out=str(out), **flags), method)
         if method in seal.METHOD and not out.exists():
-            seal.train_command(replace(run, mode=method, out=str(out), **flags))
+            seal.train_command(replace(asked, mode=method, out=str(out), **flags))
     if method in baselines.METHOD:
-        return replace(run, ckpt=str(out))
+        return replace(asked, ckpt=str(out))
     if method in seal.METHOD:
-        return replace(run, scales=str(out))
-    return run
+        return replace(asked, scales=str(out))
+    return asked
 
 
-def cells(run: seal.Run, **flags) -> list[dict]:
-    (found,) = seal.compare(replace(run, **flags)).values()
+def cells(asked: seal.Flags, **flags) -> list[dict]:
+    (found,) = seal.measure(replace(asked, **flags)).values()
     return found
 
 
 def end_of_context() -> int:
-    return seal.full_length(seal.read_config(seal.TOY))
+    return seal.longest_prompt(seal.read_config(seal.TOY))
 
 
 def opened(folder: Path):
@@ -82,15 +82,33 @@ def table(folder: Path) -> dict:
         result[name] = [cells(trained(method, folder, seed)) for seed in SEEDS]
         together[name], row = [], {"tokens": name}
         for same in zip(*result[name]):  # the same length, by seeds
+            length = same[0]["length"]
             scores = [cell["score"] for cell in same]
             mean = sum(scores) / len(scores)
-            row[same[0]["length"]] = f"{mean:.2f} ({min(scores):.2f}-{max(scores):.2f})"
-            cell = {key: sum(c[key] for c in same) for key in ("prompts", "correct")}
-            together[name].append(same[0] | cell | {"score": mean})
+            row[length] = f"{mean:.2f} ({min(scores):.2f}-{max(scores):.2f})"
+            asked = sum(cell["prompts"] for cell in same)
+            right = sum(cell["correct"] for cell in same)
+            cell = {"length": length, "prompts": asked, "correct": right}
+            together[name].append(cell)
         rows.append(row)
-    seal.plot_scores(ASSETS / "methods.png", together)
+    plot_scores(ASSETS / "methods.png", together)
     print(tabulate(rows, headers="keys"))
     return result
+
+
+def cells_anywhere(asked: seal.Flags, lengths: list[int]) -> list[dict]:
+    """Cells of prompts that may be longer than the context, which seal.py would refuse.
+
+    The model itself takes any length: the limit is only what the checkpoint was made for.
+    """
+    model, tokenizer, facts = seal.open_checkpoint(asked)
+    tokenizer.context = max(lengths) + asked.max_new_tokens
+    model.config = replace(model.config, context=tokenizer.context)
+    asked, found = replace(asked, lengths=lengths), []
+    for length, depth, samples in seal.draw_cells(asked, tokenizer, facts.trained_on):
+        said = seal.ask(model, tokenizer, samples, asked.max_new_tokens, str(length))
+        found.append({"length": length, "depth": depth} | seal.judge(samples, said))
+    return found
 
 
 def beyond(folder: Path) -> dict:
@@ -99,11 +117,11 @@ def beyond(folder: Path) -> dict:
     scaled = trained("channel", folder, extend="ntk:4", length=4 * end)
     base = trained("base", folder)
     result = {
-        "none": cells(base, lengths=lengths),
-        "NTK 4": cells(base, lengths=lengths, extend="ntk:4"),
-        "NTK 4 + SEAL-C": cells(scaled, lengths=lengths),
+        "none": cells_anywhere(base, lengths),
+        "NTK 4": cells_anywhere(replace(base, extend="ntk:4"), lengths),
+        "NTK 4 + SEAL-C": cells_anywhere(scaled, lengths),
     }
-    seal.plot_scores(ASSETS / "beyond.png", result)
+    plot_scores(ASSETS / "beyond.png", result)
     print(seal.score_table(result))
     return result
 
@@ -115,8 +133,9 @@ def sweep(folder: Path) -> dict:
         for lr in rates[mode]:
             row = {"samples": f"{NAMES[mode]}, lr {lr:g}"}
             for samples in (10, 30, 50, 100):
-                run = trained(mode, folder, lr=lr, samples=samples)
-                (cell,) = cells(run, lengths=[end_of_context()], prompts=PROMPTS // 2)
+                scaled = trained(mode, folder, lr=lr, samples=samples)
+                end = [end_of_context()]
+                (cell,) = cells(scaled, lengths=end, prompts=PROMPTS // 2)
                 result[mode].append({"lr": lr, "samples": samples} | cell)
                 row[samples] = cell["score"]
             rows.append(row)
@@ -124,29 +143,35 @@ def sweep(folder: Path) -> dict:
     return result
 
 
+def last_number(answer: str) -> str:
+    """The last run of digits, which is what LongEval takes for the answer."""
+    return (re.findall(r"\d+", answer) or ["none"])[-1]
+
+
 def kind(sample: seal.Sample, answer: str) -> str:
     """What an answer is: right, or whose number it says instead."""
     if sample.score(answer):
         return "right"
-    said = (re.findall(r"\d+", answer) or ["none"])[-1]
     in_record = re.findall(r"<(\d+)>\n", sample.prompt)
-    if said == in_record[-1]:
+    if last_number(answer) == in_record[-1]:
         return "the last line's"
-    return "another line's" if said in in_record else "no line's"
+    if last_number(answer) in in_record:
+        return "another line's"
+    return "no line's"
 
 
 def errors(folder: Path) -> dict:
     result, end = {}, end_of_context()
     kinds = "right", "the last line's", "another line's", "no line's"
     for name, model, tokenizer in opened(folder):
-        samples = seal.make_samples(seal.Run(), tokenizer, end, PROMPTS, "eval")
+        samples = seal.make_samples("lines", tokenizer, end, PROMPTS, "eval")
         counts = Counter(dict.fromkeys((*kinds, "begin right"), 0))
-        for sample in samples:
-            prompt = tokenizer.prompt(sample.prompt)
-            answer = tokenizer.decode(seal.generate(model, prompt, 30, tokenizer.stop))
-            counts[kind(sample, answer)] += 1
-            said = (re.findall(r"\d+", answer) or ["none"])[-1]
-            if not sample.score(answer) and said[0] == str(sample.expected)[0]:
+        answers = seal.ask(model, tokenizer, samples, 30, name)
+        for sample, answer in zip(samples, answers):
+            found = kind(sample, answer)
+            counts[found] += 1
+            first = last_number(answer)[0]
+            if found != "right" and first == str(sample.expected)[0]:
                 counts["begin right"] += 1  # of the wrong ones
         result[name] = dict(counts)
     rows = [{f"of {PROMPTS} answers": name} | counts for name, counts in result.items()]
@@ -158,8 +183,8 @@ def depth_map(folder: Path) -> dict:
     """Two maps, length across and depth down, in the same colours."""
     from matplotlib.figure import Figure
 
-    run = replace(trained("channel", folder), depths=list(range(0, 101, 10)))
-    result = seal.compare(replace(run, compare=True, prompts=330))
+    asked = replace(trained("channel", folder), depths=list(range(0, 101, 10)))
+    result = seal.measure(replace(asked, compare=True, prompts=330))
     figure = Figure(figsize=(9, 3.6), layout="constrained")  # inches
     axes = figure.subplots(1, len(result), sharey=True)
     for ax, (name, found) in zip(axes, result.items()):
@@ -168,7 +193,7 @@ def depth_map(folder: Path) -> dict:
         image = ax.imshow(scores.T, vmin=0, vmax=1, aspect="auto")  # (depths, lengths)
         ax.set(title=name, xlabel="prompt length (tokens)")
         ax.set_xticks(range(len(lengths)), lengths)
-    axes[0].set_yticks(range(len(run.depths)), run.depths)
+    axes[0].set_yticks(range(len(asked.depths)), asked.depths)
     axes[0].set_ylabel("depth of the line (percent)")
     figure.colorbar(image, ax=axes, label="share answered right")
     with seal.whole_file(ASSETS / "map.png") as unfinished:
@@ -185,9 +210,10 @@ def kept(folder: Path) -> dict:
         for _ in range(count):
             # Sixteen keys with their numbers, and then a key ...
             *told, (answer, _) = lessons.pairs(rng, 16, 0)[:18]  # ... and its number
-            prompt = tokenizer.bos + [token for tokens, _ in told for token in tokens]
-            logits = answer_logits(model, prompt, answer)  # (A, V)
-            right += logits.argmax(-1).tolist() == answer
+            prompt = list(tokenizer.bos)
+            for tokens, _ in told:
+                prompt += tokens
+            right += seal.generate(model, prompt, len(answer)) == answer
         result[name] = {"prompts": count, "right": right / count}
     rows = [{"16 bare pairs": name, "right": r["right"]} for name, r in result.items()]
     print(tabulate(rows, headers="keys", floatfmt=".3f"))

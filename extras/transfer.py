@@ -3,27 +3,34 @@
     python -m extras.transfer --ckpt smollm2                 # everything
     python -m extras.transfer cwe vt --ckpt smollm2          # two parts of it
 
-Parts, each for the base, for scales learned on line retrieval (--recipe, of extras.realmodel's) and,
-where a name stands in brackets, for SEAL-C learned on the part's own task:
+Parts, each for the base, for scales learned on line retrieval (--recipe, of
+extras.realmodel's) and, where a name stands in brackets, for SEAL-C learned on the part's
+own task:
 
-    needles     the San Francisco needle in prose, by depth and length [needles: the ten others]
-    meeting     who of three people has been to a city? Once the text names the cities, once it says
-                only what stands there, so that question and fact share no word (as NoLiMa asks)
-    cwe, vt     RULER's common words [cwe] and variable tracking, in its own form and scoring; the
-                paper has common words: Llama-3.1-8B, 2.6 before, 95.8 (H) and 99.7 (C) after
+    needles     the San Francisco needle in prose, by depth and length [needles: the ten
+                others]
+    meeting     who of three people has been to a city? Once the text names the cities,
+                once it says only what stands there, so that question and fact share no
+                word (as NoLiMa asks)
+    cwe, vt     RULER's common words [cwe] and variable tracking, in its own form and
+                scoring; the paper has common words: Llama-3.1-8B, 2.6 before, 95.8 (H)
+                and 99.7 (C) after
 
-The prose is the Python standard library's: its language reference, 700 KB of English. Results stand
-beside those of extras.realmodel, in the same form, and are not done again.
+The prose is the Python standard library's: its language reference, 700 KB of English.
+Results stand beside those of extras.realmodel, in the same form, and are not done again.
 """
 
 import random
 import re
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import seal
 from extras import ruler
-from extras.realmodel import RECIPES, Bench, add_flags, open_bench, prose, show
+from extras.realmodel import RECIPES, Bench, add_flags, open_bench, prose
+from extras.realmodel_table import show
 
 MEETINGS = {  # city: what stands there, and nowhere else
     "Paris": "the Eiffel Tower", "London": "Buckingham Palace", "Rome": "the Colosseum",
@@ -46,23 +53,24 @@ def haystack(folder: Path) -> Path:
 
 def needles(bench: Bench) -> None:
     names, columns = ["base", bench.args.recipe, "needles"], []
-    text, count = haystack(bench.out.parent), bench.args.prompts // 5
-    run = seal.Run(task="needle", haystack=text, seed=bench.args.seed)
-    flags = ["--task", "needle", "--haystack", str(text), "--samples", "10", "--lr", "5e-2"]
-    RECIPES["needles"] = ["--mode", "channel", *flags]
+    text, count = str(haystack(bench.out.parent)), max(1, bench.args.prompts // 5)
+    own = f"--mode channel --task needle --haystack {shlex.quote(text)}"
+    RECIPES["needles"] = f"{own} --samples 10 --lr 5e-2"
     for length in bench.args.lengths:
         columns += [f"{length} at {depth}%" for depth in (0, 25, 50, 75, 100)]
     for recipe in names:
         bench.recipe = recipe
         for column in columns:
-            length, depth = int(column.split()[0]), int(column.split()[2][:-1])
-            bench.cell("needles", recipe, column, make=lambda name: bench.ask(
-                name, seal.make_samples(run, bench.tokenizer, length, count, "eval", depth)))
-    show(bench, "needles", names, columns)
+            length, depth = map(int, re.findall(r"\d+", column))
+            draw = partial(
+                seal.make_samples, "needle", bench.tokenizer, length, count, "eval",
+                bench.args.seed, depth, text)
+            bench.cell("needles", recipe, column, make=lambda name: bench.ask(name, draw()))
+    show(bench.results["cells"], "needles", names, columns)
 
 
-def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool) -> seal.Sample:
-    """Prompt i: a text of `length` tokens in which three people are somewhere."""
+def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool):
+    """Prompt i: a sample of `length` tokens in whose text three people are somewhere."""
     rng = random.Random(f"meeting {bench.args.seed} {i}")
     cities, people = rng.sample(list(MEETINGS), 3), rng.sample(PEOPLE, 3)
     facts = []
@@ -77,7 +85,7 @@ def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool
         for fact, depth in zip(facts, depths):
             text.insert(int(depth * n), fact)
         prompt = "{}\n\n{}".format(" ".join(text), question)
-        return seal.Sample(prompt, people[0], expected=people[0])
+        return seal.Sample(prompt, people[0], expected=[people[0]])
 
     return seal.largest_fit(make, bench.tokenizer, length, length)
 
@@ -89,10 +97,11 @@ def meetings(bench: Bench) -> None:
     for recipe in names:
         bench.recipe = recipe
         for way in ways:
-            bench.cell("meeting", recipe, way, make=lambda name: bench.ask(name, [
-                meeting(bench, sentences, i, length, way == "named")
-                for i in range(bench.args.prompts)]))
-    show(bench, "meeting", names, ways)
+            samples = []
+            for i in range(bench.args.prompts):
+                samples.append(meeting(bench, sentences, i, length, way == "named"))
+            bench.cell("meeting", recipe, way, make=lambda name: bench.ask(name, samples))
+    show(bench.results["cells"], "meeting", names, ways)
 
 
 def ruler_file(bench: Bench, task: str, length: int, samples: int, seed: int) -> str:
@@ -110,19 +119,18 @@ def rulers(bench: Bench, task: str, names: list[str]) -> None:
     for recipe in names:
         bench.recipe = recipe
         for length in bench.args.lengths:
-            count, seed = bench.args.prompts, bench.args.seed
-            file = ruler_file(bench, task, length, count, seed)
-            run = seal.Run(task=file)
-            samples = seal.make_samples(run, bench.tokenizer, length, count, "eval")
-            bench.cell(task, recipe, length, make=lambda name: bench.ask(
-                name, samples, ruler.ROOM[task]))
-    show(bench, task, names, bench.args.lengths, score=True)
+            count, room = bench.args.prompts, ruler.ROOM[task]
+            file = ruler_file(bench, task, length, count, bench.args.seed)
+            samples = seal.make_samples(file, bench.tokenizer, length, count, "eval")
+            bench.cell(task, recipe, length, make=lambda name: bench.ask(name, samples, room))
+    # A prompt's score is a share itself, which Wilson's interval is not for.
+    show(bench.results["cells"], task, names, bench.args.lengths, "{score:.2f}")
 
 
 def common_words(bench: Bench) -> None:
     length = bench.args.lengths[0]
     file = ruler_file(bench, "cwe", length, 50, 1000)
-    RECIPES["cwe"] = ["--mode", "channel", "--lr", "2e-2", "--task", file, "--length", str(length)]
+    RECIPES["cwe"] = f"--mode channel --lr 2e-2 --task {shlex.quote(file)} --length {length}"
     rulers(bench, "cwe", ["base", bench.args.recipe, "cwe"])
 
 
@@ -137,11 +145,12 @@ def main(arguments=None) -> None:
     p = seal.Parser("extras.transfer", description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     add_flags(p, prompts=25, lengths="1000,2000")
-    p.add_argument("--recipe", choices=RECIPES, default="SEAL-C, pull 2%", help="learned on lines")
+    p.add_argument(
+        "--recipe", choices=RECIPES, default="SEAL-C, pull 2%", help="learned on lines")
     bench = open_bench(p.parse_args(arguments), PARTS)
     for part in bench.args.parts:
         PARTS[part](bench)
 
 
 if __name__ == "__main__":
-    sys.exit(seal.run("extras.transfer", main))
+    sys.exit(seal.exit_status("extras.transfer", main))
