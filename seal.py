@@ -6,14 +6,14 @@ one attention head and accuracy moves by twenty points, up for some, down for ot
 (section 3). The balance of the heads, learned on short texts, is wrong for long ones.
 
 So learn the balance and nothing else. Freeze every weight, multiply each head's output
-by one number, and train those numbers on 50 synthetic prompts (section 4):
+by one number, or each channel of it, and train these on 50 synthetic prompts (section 4):
 
     y = concat_h( s_h * softmax(q_h k_h^T / sqrt(d)) v_h ) W_o^T
 
   SEAL-H  --mode head     one s per layer and head      32 x 32 = 1,024 for a 7B
   SEAL-C  --mode channel  one s per layer and channel   32 x 32 x 128 = 131,072
 
-A scale above 1 makes a head louder, below 1 quieter, and 0 prunes it. All start at 1,
+A scale above 1 makes a head louder, one below 1 quieter, 0 prunes it. All start at 1,
 the model as it is. In the end s multiplies the columns of W_o: the gain costs nothing.
 
 The paper is parts 1 to 5 of this file: model, data, training, evaluation, folding. Then
@@ -90,7 +90,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """The rotary frequencies (d/2,) in radians a token, and a factor on cos and sin.
     RoPE turns pair i of a head's channels by position * b^(-2i/d), so that q . k tells
     how far two tokens are apart, not where they are. The first pair turns fastest, by 1
-    radian a token; the last may need the whole context for one turn.
+    radian a token; the last may not finish one turn in the whole context.
     """
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float64, device="cpu")
     freq = config.rope_theta ** (-2 * pairs / config.head_dim)
@@ -276,15 +276,15 @@ class Sample:
         found = Counter(re.findall(r"\w+", said))
         return (wanted & found).total() / max(1, wanted.total())
 
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         """Stored with scales: they are not tested on what they were trained on."""
         return digest(self.prompt.encode())
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
-def longest_prompt(config) -> int:
-    return config.context - 48  # tokens; the room is for the answer
+def longest_prompt(owner):
+    return owner.context - 48  # of a config or tokenizer; 48 tokens are left to answer
 
 def largest_fit(make, tokenizer, length, limit) -> Sample:
     """make(n), a sample of n lines or sentences, with the largest n below `limit` whose
@@ -293,7 +293,7 @@ def largest_fit(make, tokenizer, length, limit) -> Sample:
     def tokens(n):
         return len(tokenizer.prompt(make(n).prompt))
 
-    n = bisect.bisect_right(range(1, limit + 1), length, key=tokens)
+    n = bisect.bisect_right(range(1, limit + 1), length, key=tokens)  # the last fit
     if not 0 < n < limit:
         raise UserError(f"{length} tokens: prompts have {tokens(1)} to {tokens(limit)}")
     return make(n)
@@ -357,8 +357,8 @@ def make_samples(task, tokenizer, length, count, split, seed=0, depth=None, hays
     """Up to `count` samples of a task (lines, needle, FILE.jsonl), `length` tokens at most.
 
     The fact stands at `depth` percent or anywhere. Training and test share no prompt: the
-    split, "train" or "eval", is part of the seed; of a file, what has a fingerprint in
-    `trained_on` is left out.
+    split, "train" or "eval", is part of the seed, and whatever has its fingerprint in the
+    text `trained_on` is left out, which parts a file, too.
     """
     if task in TASKS:
         samples = []
@@ -390,7 +390,7 @@ def paper_lr(task: str, mode: str, layers: int) -> float:
 def answer_loss(model, prompt, answer) -> Tensor:
     """Mean cross-entropy of the answer's tokens, its end token included, in nats.
     The prompt does not count: its thousands of random tokens would drown the thirty of
-    the answer. So logits are formed for these alone.
+    the answer. So only these get logits, which also saves the largest tensor.
     """
     tokens = torch.tensor([prompt + answer], device=model.norm.weight.device)  # (1, T + 1)
     x = model(tokens[:, :-1])[0, -len(answer) :]  # (1, T, D) -> (A, D): each foretells one
@@ -406,7 +406,7 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> 
     """Learn the model's scales on pairs (prompt ids, answer ids); returns the losses.
     As in the paper: AdamW at a constant rate, a prompt a step. Weight decay would prune
     heads; `pull` moves scales that share of the way back to 1 after each step. What
-    after_step(losses, optimizer) stores can be given as `saved`, to go on from there.
+    after_step(losses, optimizer) stores can be `saved` later, its scales in the model.
     """
     scales, losses = model.scales(), []
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
@@ -492,7 +492,7 @@ class Facts:
     seed: int = 0
     steps: int = 0  # made so far: an interrupted run leaves fewer than samples * epochs
     loss: float = 0.0  # of the last step
-    trained_on: str = ""  # fingerprints of prompts
+    trained_on: str = ""  # fingerprints of prompts, with commas between
     fingerprint: str = ""  # of the scales themselves, once they are read
 
 def save_scales(path, scales, facts: Facts):
@@ -561,7 +561,7 @@ def check_json(data, schema: str):
     """ValueError unless data is what assets/`schema` describes."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
-    json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # fails on half a letter
+    json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     error = best_match(Draft202012Validator(read_json(ASSETS / schema)).iter_errors(data))
     if error:
         raise ValueError(f"{error.json_path[2:]} {error.message}")  # without its $.
@@ -585,9 +585,9 @@ def read_config(folder) -> Config:
         found = c.to_dict()
         rope = found["rope_scaling"] = found.pop("rope_parameters", {})  # transformers 5's
         found["rope_theta"] = rope.pop("rope_theta", None)
-        found.setdefault("attention_bias", c.model_type == "qwen2")
+        found.setdefault("attention_bias", c.model_type == "qwen2")  # o_proj: 0
         found["head_dim"] = found.get("head_dim") or c.hidden_size // c.num_attention_heads
-        # LongChat says its context elsewhere, and some with YaRN nowhere.
+        # LongChat has max_sequence_length; YaRN may only have factor x original.
         context = found.get("max_sequence_length") or c.max_position_embeddings
         if rope.get("rope_type") == "yarn":
             context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
@@ -719,7 +719,7 @@ class Tokenizer:
             ends += eos if isinstance(eos, list) else [eos]
         ends = [i for i in ends if i is not None]
         if not ends:
-            raise UserError(f"{folder}: no token ends a text: config.json: eos_token_id")
+            raise UserError(f"{folder}: no token ends a text; eos_token_id is missing")
         self.end_token, self.stop = ends[0], set(ends)  # to be learned, to be heeded
 
     def render(self, prompt: str, answer="") -> str:
@@ -915,7 +915,7 @@ def measure(flags: Flags) -> dict[str, list[dict]]:
             cells.append({"length": length, "depth": depth} | judge(samples, said))
         if flags.json:
             report = {"ckpt": flags.ckpt, "scales": flags.scales, "task": flags.task}
-            report |= {"extend": facts.extend, "cells": results[method]}
+            report |= {"extend": facts.extend, "cells": results[method]}  # the last
             report["seconds"] = round(time.monotonic() - start, 1)
             if flags.compare:
                 report["base"] = results["base"]
@@ -991,7 +991,7 @@ def exit_status(program: str, main, arguments=None) -> int:
     except (
         UserError, OSError, UnicodeError, SafetensorError, MemoryError, OutOfMemoryError
     ) as error:
-        message = " ".join(f"{error or type(error).__name__}".split())
+        message = " ".join(f"{error}".split()) or type(error).__name__
         note(f"{program}: error: {message[:1000]}")
         return 2
 

@@ -250,7 +250,7 @@ def test_what_is_wrong_in_a_file_is_one_line(key, new, words, file, capsys):
     assert words in refused(capsys, "x.gguf")
 
 
-def test_damaged_files_and_wrong_places(file, capsys):
+def test_damaged_files_and_wrong_places(file, capsys, monkeypatch):
     data, path = file.read_bytes(), Path("x.gguf")
     rng, end = random.Random(0), int(gguf.GGUFReader(file).data_offset)
     for _ in range(20):
@@ -264,6 +264,9 @@ def test_damaged_files_and_wrong_places(file, capsys):
     assert "No such file" in refused(capsys, "none.gguf")
     assert "already" in refused(capsys, file.with_name("model"))
     assert "params.json" in refused(capsys, "there")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
+    assert "GB are free" in refused(capsys, file)
 
 
 def test_what_is_wrong_in_metas_release_is_one_line(sp_model, capsys):
