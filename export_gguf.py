@@ -470,6 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--extend {args.extend}: the scales were trained with {spec}")
         if unasked:
             note("folding in scales.safetensors, which is here; without: --scales none")
+        if Path(f"{args.scales}.state").exists():
+            note(f"{args.scales}: of an unfinished run, {facts.steps} steps; train --resume")
     extended = seal.extend(config, spec)
 
     outfile = seal.check_place(args.outfile or usual_name(args.ckpt, facts, kind))

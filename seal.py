@@ -66,7 +66,6 @@ def blame(what):
         raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
 
 # ---- 1. Model ------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Config:
     """The shape of a Llama, in config.json's names but for the last two."""
@@ -241,7 +240,10 @@ def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
     for _ in range(max_new_tokens):
         x = model(torch.tensor([tokens], device=like.device), cache, start)  # (1, T, D)
         start += len(tokens)
-        tokens = [model.logits(x[0, -1]).argmax().item()]
+        logits = model.logits(x[0, -1])  # (V,)
+        if not logits.max().isfinite():
+            raise UserError("the logits are no numbers; see to the weights, or --dtype")
+        tokens = [logits.argmax().item()]
         if tokens[0] in stop:
             break
         answer += tokens
@@ -326,14 +328,15 @@ NEEDLES = [line.split("\t") for line in (ASSETS / "needles.txt").read_text().spl
 TEST_NEEDLE, *TRAINING_NEEDLES = NEEDLES  # San Francisco's sandwich, and ten
 
 def needle_sample(rng, tokenizer, length, split, depth, haystack) -> Sample:
-    """A needle in a text that fills `length` tokens, which begins at any sentence of the
+    """A needle in a text that fills `length` tokens and begins at any sentence of the
     file; it goes before the sentence that `depth` %, counted in tokens, falls into."""
     if not haystack:
         raise UserError("--task needle: needs --haystack FILE.txt, to hide needles in")
     with blame(f"--haystack {haystack}"):
-        text = Path(haystack).read_text(encoding="utf-8").rstrip() + "\n"
+        text = Path(haystack).read_text(encoding="utf-8-sig").rstrip() + "\n"
         # A sentence ends at . ! ? before a space, and at the full-width ones.
-        sentences = re.findall(r"(?s)\S.*?(?:[.!?](?=\s)|[。！？]|$)\s*", text)
+        end = r"(?:[.!?](?=\s)|[。！？।]|$)"
+        sentences = re.findall(rf"(?s)\S.{{,999}}?{end}\s*|\S.{{,999}}\S*\s*", text)
         place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
         depth = rng.uniform(0, 100) if depth is None else depth
         start = rng.randrange(len(sentences))
@@ -380,7 +383,6 @@ def make_samples(task, tokenizer, length, count, split, seed=0, depth=None, hays
     return samples
 
 # ---- 3. Training ---------------------------------------------------------------------
-
 def paper_lr(task: str, mode: str, layers: int) -> float:
     """The paper's learning rate (section 6, appendix A)."""
     if task == "needle":  # it says 4e-2 and 5e-2, and not which is whose
@@ -430,7 +432,6 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> 
     return losses
 
 # ---- 4. Evaluation -------------------------------------------------------------------
-
 def ask(model, tokenizer, samples, max_new_tokens=100, desc="") -> list[str]:
     """Greedy answers to the samples' prompts, as far as the context reaches."""
     answers, context = [], model.config.context
@@ -458,7 +459,6 @@ def score_table(results) -> str:
     return tabulate(rows, ["length", "depth", *results], floatfmt=".2f", intfmt=",")
 
 # ---- 5. Scales: folding, and their file ----------------------------------------------
-
 def fold(name: str, tensor: Tensor, scales) -> Tensor:
     """The tensor `name`, or some rows of it, scaled if it is an o_proj's weight.
     (s * heads) W^T = heads (W * s)^T: the scale of channel c multiplies column c. The rows of
@@ -525,7 +525,6 @@ def read_scales(path, config: Config) -> tuple[list[Tensor], Facts]:
     return list(scales), facts
 
 # ---- 6. Checkpoints ------------------------------------------------------------------
-
 def note(text):
     print(text, file=sys.stderr, flush=True)  # stdout is kept for results
 
@@ -539,7 +538,7 @@ def check_place(path) -> Path:
 @contextmanager
 def whole_file(path):
     """Yield a path to write to; the file gets its name when it is whole."""
-    path = check_place(path)
+    path = check_place(path).resolve()
     unfinished = path.with_name(f".{path.name}.part")
     try:
         with blame(path):
@@ -585,6 +584,8 @@ def read_config(folder) -> Config:
         found = c.to_dict()
         rope = found["rope_scaling"] = found.pop("rope_parameters", {})  # transformers 5's
         found["rope_theta"] = rope.pop("rope_theta", None)
+        for key in {"original_max_position_embeddings"} & found.keys():
+            rope[key] = found[key]  # outside it counts more
         found.setdefault("attention_bias", c.model_type == "qwen2")  # o_proj: 0
         found["head_dim"] = found.get("head_dim") or c.hidden_size // c.num_attention_heads
         # LongChat has max_sequence_length; YaRN may only have factor x original.
@@ -593,15 +594,13 @@ def read_config(folder) -> Config:
             context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
         found["context"] = int(context)
         found["folded"] = [past["fingerprint"] for past in raw.get("seal", [])]
+        found["heads per value"] = c.num_attention_heads / c.num_key_value_heads
         check_json(found, "config.schema.json")
-        if c.num_attention_heads % c.num_key_value_heads:
-            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
         if raw.get("rope_scaling") and raw.get("rope_parameters"):
             raise ValueError("has rope_scaling and rope_parameters; one of them must go")
         kinds = {*(found.get("layer_types") or [c.model_type])}
         if kinds & {"mistral", "sliding_attention"} and (c.sliding_window or context) < context:
-            raise ValueError("has a sliding_window: write null there, and how many tokens it "
-                             "spans as max_position_embeddings")
+            raise ValueError("sliding_window: null it, lower max_position_embeddings to it")
         return Config(**{f.name: found[f.name] for f in fields(Config)})
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -619,7 +618,6 @@ class Weights:
 
     def __init__(self, folder):
         self.folder, self.places = Path(folder), {}  # {name: (file, name there, shape)}
-        # What trainers put in front of the names.
         wrappers = r"(_orig_mod|module|_\w+_wrapped_module|base_model\.model)\."
         for path in self.files():
             for name, tensor in open_weights(path).items():
@@ -629,7 +627,7 @@ class Weights:
                 if "inv_freq" not in name:  # frequencies: old checkpoints hold them
                     self.places[short] = path, name, tuple(tensor.shape)
 
-    def files(self) -> list[Path]:
+    def files(self):
         """A single file, or those that an index names, or a whole set of parts."""
         for stem, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
             single = self.folder / (stem + end)
@@ -682,7 +680,6 @@ def load_model(folder, config: Config, device="cpu", dtype=None) -> Llama:
     return model
 
 # ---- 7. Text -------------------------------------------------------------------------
-
 # For checkpoints without one: [pattern of the folder's name, FastChat's words in Jinja].
 TEMPLATES = read_json(ASSETS / "templates.json")
 # For templates that name the date: two runs must be the same. {{ '' }} ends the line.
@@ -695,7 +692,9 @@ class Tokenizer:
         folder, self.name = Path(folder).resolve(), template
         self.vocab_size, self.context = config.vocab_size, config.context
         with blame(f"{folder}: tokenizer and template"):
-            self.hf = from_transformers("AutoTokenizer", folder)
+            own = (folder / "tokenizer.json").exists()  # AutoTokenizer would change it
+            reader = "PreTrainedTokenizerFast" if own else "AutoTokenizer"
+            self.hf = from_transformers(reader, folder)
             ids = self.hf("a").input_ids
             if not self.hf.decode(ids, skip_special_tokens=True).strip():
                 raise ValueError("there is no vocabulary")
@@ -706,7 +705,7 @@ class Tokenizer:
         # transformers 5 puts BOS in front only if a post-processor of tokenizer.json does,
         # not where tokenizer_config.json asks for it, nor for a bare tokenizer.model.
         wanted = read_json(folder / "tokenizer_config.json").get("add_bos_token")
-        if wanted is None and not (folder / "tokenizer.json").exists():
+        if wanted is None and not own:
             wanted = (folder / "tokenizer.model").exists()
         bos = self.hf.bos_token_id
         self.bos = [bos] if bos is not None and (wanted or ids[0] == bos) else []
@@ -717,7 +716,7 @@ class Tokenizer:
         for file in ("config.json", "generation_config.json"):
             eos = read_json(folder / file).get("eos_token_id")
             ends += eos if isinstance(eos, list) else [eos]
-        ends = [i for i in ends if i is not None]
+        ends = [i for i in ends if i in range(self.vocab_size)]
         if not ends:
             raise UserError(f"{folder}: no token ends a text; eos_token_id is missing")
         self.end_token, self.stop = ends[0], set(ends)  # to be learned, to be heeded
@@ -737,7 +736,9 @@ class Tokenizer:
         prefix = prefix.strip()
         content = f"{prefix} {answer}".strip()
         asked, finished = self.render(prompt), self.render(prompt, content)
-        with blame(f"--template {self.name} changes the answer"):
+        with blame(f"--template {self.name}"):
+            if prompt.strip() not in asked or content not in finished:
+                raise ValueError("changes the prompt or the answer, or leaves it out")
             if not finished.startswith(asked):
                 # Templates of reasoning models open <think> when they ask, and leave it
                 # out of a finished answer. What is trained must be what will be asked.
@@ -776,10 +777,9 @@ class Tokenizer:
         return prompt, answer[: answer.index(self.end_token) + 1]
 
 # ---- 8. Commands ---------------------------------------------------------------------
-
 DTYPES = "auto", "float32", "float16", "bfloat16"
 
-def wholes(text: str) -> list[int]:
+def wholes(text):
     if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 500,1000,2000")
     return list(map(int, text.split(",")))
@@ -791,32 +791,32 @@ def flag(help, default=None, **more):
 class Flags:
     """What a command is asked to do."""
 
-    ckpt: str = flag("a Hugging Face folder", str(TOY))
+    ckpt: str = flag("a Hugging Face folder or a .gguf file (the toy)", str(TOY))
     scales: str = flag("a file of scales")
     task: str = flag("lines, needle or FILE.jsonl", "lines")
     mode: str = flag("a scale per head or per channel", "head", choices=METHOD)
-    extend: str = flag("none, ntk:4, yarn:4, linear:4 (default: the scales')")
-    template: str = flag("auto: the scales'", "auto", choices=["auto", *TEMPLATES])
+    extend: str = flag("none, ntk:4, yarn:4, linear:4 (as the scales, or none)")
+    template: str = flag("auto: the scales', or its own", "auto", choices=["auto", *TEMPLATES])
     haystack: str = flag("a text file to hide needles in")
     length: int = flag("tokens of a prompt, at most (default: all that fit)", type=int)
     lengths: list = flag("A,B,C tokens (default: six)", type=wholes)
     depths: list = flag("A,B,C percent", type=wholes)
-    samples: int = flag("prompts to train on", 50, type=int)
-    prompts: int = flag("prompts per length", 50, type=int)
-    epochs: int = flag("passes over the samples", 1, type=int)
+    samples: int = flag("prompts to learn from, or to write (50)", 50, type=int)
+    prompts: int = flag("prompts to ask, of each length (50)", 50, type=int)
+    epochs: int = flag("passes over the samples (1)", 1, type=int)
     lr: float = flag("learning rate (default: the paper's)", type=float)
     pull: float = flag("share of the way back to 1 after each step", 0.0, type=float)
     offload: bool = flag("keep what training saves in host memory", False, action="store_true")
     resume: bool = flag("go on where this run was interrupted", False, action="store_true")
     compare: bool = flag("the base beside it", False, action="store_true")
     prompt: str = flag("the text, or - for standard input")
-    max_new_tokens: int = flag("tokens of an answer, at most", 100, type=int)
+    max_new_tokens: int = flag("tokens of an answer, at most (100)", 100, type=int)
     device: str = flag("auto, cpu, cuda, cuda:1, mps", "auto")
     dtype: str = flag("auto: float32 on a CPU, else the files'", "auto", choices=DTYPES)
     seed: int = flag("draws the prompts", 0, type=int)
     json: str = flag("a file for the result")
     plot: str = flag("a PNG for the result")
-    out: str = flag("a name for the result")
+    out: str = flag("where the result goes (train: scales.safetensors)")
 
 def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
     """What a command starts with. Facts: read with scales, or begun for new ones."""
@@ -843,7 +843,7 @@ def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
     if scales:
         model.set_scales(scales)
     note(f"{flags.ckpt} on {device}: context {config.context:,}, extension "
-         f"{facts.extend}, template {facts.template}, scales {flags.scales}")
+         f"{facts.extend}, template {facts.template}, scales {flags.scales} of {facts.checkpoint}")
     return model, tokenizer, facts
 
 def train_command(flags: Flags):
@@ -860,8 +860,7 @@ def train_command(flags: Flags):
     pairs = list(map(tokenizer.pair, samples))
     model.reset_scales(flags.mode)
 
-    # What --resume needs stands beside the scales until the run is over.
-    state, saved = Path(f"{out}.state"), None
+    state, saved = Path(f"{out}.state"), None  # for --resume, until the run is over
     run = digest(repr((facts, pairs)).encode())
     if flags.resume and state.exists():
         with blame(state):
@@ -899,8 +898,6 @@ def draw_cells(flags: Flags, tokenizer, trained_on: str) -> list[tuple]:
 
 def measure(flags: Flags) -> dict[str, list[dict]]:
     """{"base": cells, "SEAL-H": cells}, as asked for; --json grows cell by cell."""
-    if flags.compare and not flags.scales:
-        raise UserError("--compare: needs --scales")
     start, scales = time.monotonic(), {}
     model, tokenizer, facts = open_checkpoint(flags)
     if flags.compare or not flags.scales:
@@ -975,8 +972,11 @@ def main(arguments=None):
     call, *_ = COMMANDS[flags.pop("command")]
     with blame("flags"):
         check_json(flags, "flags.schema.json")
-    for path in (flags.get("json"), flags.get("plot")):
-        check_place(path or __file__)  # before the work
+    read = {flags.get(name) for name in ("ckpt", "scales", "task", "haystack")}
+    for name in ("json", "plot", "out"):
+        path = flags.get(name) or __file__
+        if path in read or (name != "out" and not check_place(path)):  # before the work
+            raise UserError(f"--{name} {path}: is read; give another name")
     call(Flags(**flags))
 
 def exit_status(program: str, main, arguments=None) -> int:

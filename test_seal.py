@@ -763,10 +763,12 @@ def test_a_picture_is_drawn_whatever_backend_a_notebook_has_set(tmp_path):
 
 @pytest.fixture
 def good(plain, tmp_path, monkeypatch) -> None:
-    """A folder to work in: model/, learned, t.jsonl, essay.txt."""
+    """A folder to work in: model/, huge/, learned, t.jsonl, essay.txt."""
     (tmp_path / "w").mkdir()
     monkeypatch.chdir(tmp_path / "w")
     shutil.copytree(plain, "model")
+    shutil.copytree(plain, "huge")
+    change_weights(Path("huge"), lambda t: t["model.norm.weight"].fill_(1e5))
     make_scales(Path("learned"), seal.read_config(plain), "head", "ntk:2")
     task_file(Path(), *({"prompt": f"The {n}", "answer": "a pound"} for n in seal.NOUNS[:9]))
     Path("essay.txt").write_text(LATIN)
@@ -818,7 +820,10 @@ LINES = {  # a command line, and what its answer names
     EVAL + " --json no/new": "no/new",
     EVAL + " --json model": "model",
     EVAL + " --plot no/new": "no/new",
-    EVAL + " --compare": "--scales",
+    EVAL + " --compare": "scales",
+    SCALED + " --json learned": "json learned: is read",
+    FILE + " --out t.jsonl": "out t.jsonl: is read",
+    SAY + "a --dtype float16 --ckpt huge": "dtype",  # its numbers are too large for it
     EVAL + " --scales no": "no",
     SCALED + " --extend none": "extend.*none",
     HAY.replace("train", "eval"): "--",
@@ -842,7 +847,8 @@ BROKEN = {  # what a file may be instead: missing, bytes, or changes of its JSON
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn"}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}},
-        {"rope_parameters": YARN | {"truncate": False}},
+        {"rope_parameters": YARN | {"truncate": False}}, {"mlp_bias": True},
+        {"rope_parameters": YARN | {"attention_factor": 0.0}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         {"rope_scaling": {"type": "yarn", "factor": 4.0}}]),
     "model/model.safetensors": (TRAIN, [

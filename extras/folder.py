@@ -1,6 +1,6 @@
 """Folders as Hugging Face has them: a checkpoint again, with other weights.
 
-    python seal.py fold --scales scales.safetensors --out llama-7b-seal
+    python seal.py fold --ckpt llama-7b --scales scales.safetensors --out llama-7b-seal
 
 Used by seal.py's fold and by the extras that make checkpoints. A folder stands under its
 name only when it is whole: it grows beside its place as .NAME.part.
@@ -84,6 +84,8 @@ def write_folder(out: Path, source, weights: dict[str, Tensor], changes: dict) -
         if tensor.untyped_storage().nbytes() > tensor.nbytes:
             own[name] = tensor.clone()  # a view, as in a .bin file, of what is no tensor here
     save_torch_state_dict(own, out)
+    for file in out.glob("*.safetensors"):  # which safetensors lets nobody else read
+        shutil.copymode(out / "config.json", file)
 
 
 def write_folded(out, source, config: seal.Config, scales, facts: seal.Facts) -> None:
@@ -139,11 +141,19 @@ def longer_prompts(source, context: int) -> dict:
     return changes
 
 
+def note_if_unfinished(scales, facts: seal.Facts) -> None:
+    """A training that was interrupted leaves its state beside the scales."""
+    if Path(f"{scales}.state").exists():
+        seal.note(f"{scales}: of an unfinished run, {facts.steps} steps on {facts.samples} "
+                  "prompts; the same train command with --resume goes on")
+
+
 def fold_folder(flags: seal.Flags) -> None:
     """seal.py fold: an ordinary Hugging Face folder, the scales in its weights."""
     if Path(flags.ckpt).is_file():
         raise seal.UserError(f"{flags.ckpt}: is a file; export_gguf.py folds scales into it")
     config = seal.read_config(flags.ckpt)
     scales, facts = seal.read_scales(flags.scales, config)
+    note_if_unfinished(flags.scales, facts)
     write_folded(flags.out, flags.ckpt, config, scales, facts)
     print(f"{flags.out}: {seal.METHOD[facts.mode]} folded into {len(scales)} layers")

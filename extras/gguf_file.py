@@ -169,6 +169,8 @@ class File:
         for name, value in [*sizes.items(), ("the factor of positions", factor)]:
             if value <= 0:
                 raise ValueError(f"the metadata make {name} {value}; it must be above 0")
+        if not self.get(".attention.causal", bool, True):
+            raise ValueError("looks ahead in the text, as embedding models do")
         if self.get(".rope.dimension_count", int, head_dim) != head_dim:
             raise ValueError("only a part of each head is rotated, which is not supported")
         rope = {"rope_type": "default"}
@@ -222,7 +224,7 @@ def scaled(matrix: Matrix, columns: Tensor, encode):
         return kind, rows, "scaled in their blocks' f16 scales, each rounded once"
     how = f"scaled and cast to {kind.name}"
     if not holds(matrix, columns):
-        kind, how = Q8_0, f"scaled and now Q8_0, as {kind.name} cannot be written or hold it"
+        kind, how = Q8_0, f"scaled and now Q8_0, for {kind.name} would round the scales away"
     return kind, partial(scaled_values, matrix, columns, kind, encode), how
 
 

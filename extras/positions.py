@@ -69,7 +69,8 @@ def extend(config, spec: str):
     """seal.extend for linear:4 and yarn:4; UserError for what it does not know."""
     match = re.fullmatch(r"(linear|yarn):([1-9]\d{0,3}(?:\.\d+)?)", spec)
     if not match:
-        raise UserError(f"--extend {spec}: must be none, ntk:4, linear:4 or yarn:4")
+        known = "none, ntk:4, linear:4 or yarn:4, and in extras.selfextend self:6,1024"
+        raise UserError(f"--extend {spec}: must be {known}")
     if config.rope_scaling["rope_type"] != "default":
         raise UserError(f"--extend {spec}: the model is stretched already; only ntk can follow")
     rope = {"rope_type": match[1], "factor": float(match[2])}

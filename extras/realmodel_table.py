@@ -1,4 +1,4 @@
-"""README's table and picture of the real model, from what extras.realmodel measured.
+"""EVIDENCE.md's table and picture of the real model, from what extras.realmodel measured.
 
     python -m extras.realmodel_table assets/realmodel.json --plot assets/smollm2.png
 

@@ -13,7 +13,7 @@ import transformers
 import export_gguf
 import seal
 from seal import UserError
-from test_seal import EVAL, FOLD, LLAMA, MISTRAL, QWEN2, TRAIN, YARN
+from test_seal import EVAL, FOLD, LLAMA, LLAMA3, MISTRAL, QWEN2, TRAIN, YARN
 from test_seal import change_json, change_weights, cli, ends_in_one_line, folder  # noqa: F401
 from test_seal import gap, good, load, logits, make, make_scales, open_tokenizer  # noqa: F401
 from test_seal import plain, reference, some_tokens, sp_model, store  # noqa: F401
@@ -205,7 +205,8 @@ def fold_extended(folder: Path, cli, spec="ntk:2") -> Path:
     return out
 
 
-NAMED = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"
+NAMED = {"default": SAID, "tool_use": "{{ tools }}"}
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "files"])
@@ -262,3 +263,22 @@ def test_a_disk_without_room_leaves_nothing_behind(line, room, good, cli):
         ends_in_one_line(cli, line, "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_an_original_context_that_stands_outside_the_rope_is_the_one_that_counts(
+    kind, sp_model, tmp_path  # noqa: F811
+):
+    rope = {"yarn": YARN, "llama3": LLAMA3}[kind]
+    make(tmp_path, sp_model, rope_parameters=rope)
+    change_json(tmp_path / "config.json", original_max_position_embeddings=16)
+    expected = logits(reference(tmp_path), some_tokens(60))
+    assert gap(logits(load(tmp_path), some_tokens(60)), expected) < 1e-4
+
+
+def test_a_fold_says_that_its_scales_are_of_an_unfinished_run_and_lets_others_read(good, cli):
+    Path("learned.state").touch()
+    status, _, err = cli("fold", "--ckpt", "model", "--scales", "learned", "--out", "out")
+    assert status == 0 and "--resume" in err
+    modes = {path.stat().st_mode for path in Path("out").iterdir()}
+    assert len(modes) == 1

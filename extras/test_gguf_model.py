@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seal
+from extras import gguf_model, speed_gguf
 from extras.gguf_model import Packed, dequantize
 from extras.test_convert import LLAMA31, converted
 from extras.test_export import LLAMA3, QWEN2, YARN, export
@@ -57,8 +59,9 @@ def test_every_type_is_dequantised_as_by_the_gguf_package(name):
     kind = GGMLQuantizationType[name]
     _, size = gguf.GGML_QUANT_SIZES[kind]
     data = np.random.default_rng(1).integers(0, 256, (6, 4 * size), np.uint8)
-    expected = torch.from_numpy(gguf.dequantize(data, kind).copy())
-    found = dequantize(torch.from_numpy(data), kind, torch.float32)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(gguf.dequantize(data, kind).copy())
+        found = dequantize(torch.from_numpy(data), kind, torch.float32)
     finite = expected.isfinite()  # random bytes make some scales infinite
     assert torch.equal(found.isfinite(), finite) and finite.any()
     assert torch.equal(found[finite], expected[finite])
@@ -86,6 +89,17 @@ def test_logits_loss_gradients_and_answers_are_those_of_the_folder(kind, config)
     expected, expected_slopes = loss_and_slopes(plain, prompt)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gap(slopes, expected_slopes) < 1e-4 * expected_slopes.abs().max()
+
+
+def test_a_large_matrix_is_dequantised_in_pieces_to_the_same_numbers(monkeypatch):
+    file = source(make(Path("model"), "llama-bpe", **WIDE), "model.gguf", "Q4_1")
+    whole, _ = opened(file)
+    monkeypatch.setattr(gguf_model, "PIECE", 5 * 256)  # 5 rows; no count of rows is a multiple
+    pieces, _ = opened(file)
+    for name, module in pieces.named_modules():
+        if isinstance(module, Packed):
+            expected = whole.get_submodule(name).values()
+            assert torch.equal(module.values(), expected)
 
 
 def test_a_table_of_frequencies_that_no_folder_can_say_is_used_as_it_is():
@@ -151,3 +165,28 @@ def test_a_bad_file_is_one_line_that_names_it(fault, capsys):
     assert command("generate", "--ckpt", file, "--prompt", "a") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("seal.py: error: ") and "model.gguf" in last
+
+
+def test_the_count_of_memory_adds_up_what_lives_at_the_same_time():
+    with FakeTensorMode(), speed_gguf.Counter() as counter:
+        first = torch.empty(1000)  # 4,000 bytes
+        second = first[:500] * 2  # 2,000 more, where a view would be none
+        del first
+        torch.empty(300)
+    assert counter.peak == 6000
+    del second
+    assert counter.live == {}
+
+
+def test_the_speed_command_records_the_same_work_of_both_sides(monkeypatch):
+    file = source(make(Path("model"), "llama-bpe"), "model.gguf", "Q4_1")
+    monkeypatch.setattr(speed_gguf, "LENGTHS", (60,))
+    monkeypatch.setattr(speed_gguf, "TURNS", 2)
+    folder = str(converted(file))
+    flags = "--parts step --json r.json --ckpt".split()
+    speed_gguf.main([str(file), *flags, folder])
+    found = seal.read_json("r.json")["step"]
+    ours, theirs = found["turns at 60"][-1].values()
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours["GB"] > ours["GB anonymous"] > 0.05
+    assert found["ratio of s at 60"] == ours["s"] / theirs["s"]

@@ -179,7 +179,7 @@ def test_what_transformers_saves_is_read_as_what_it_was_made_of(folder, tokenize
     assert open_tokenizer(folder).prompt(text) == tokenizer.prompt(text)
 
 
-BOS_TEMPLATE = "{{ bos_token + messages[0].content }}"
+BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize("hints, post_processor, bos", [
@@ -261,3 +261,37 @@ def test_a_token_beyond_the_embedding_is_refused_and_hurts_nothing_else(sp_model
     status, _, err = cli(*ask, "a<pad>")
     assert status == 2
     assert "'<pad>'" in err.splitlines()[-1]
+
+
+LOST = {
+    "the answer": "{{ messages[0].content }}",
+    "the prompt": "{% for m in messages[1:] %}{{ m.content }}{% endfor %}",
+    "all but parts": "{% for m in messages %}{{ m.content[:3] }}{% endfor %}",
+    "texts in lists": "{% for m in messages %}{% for c in m.content %}{{ c.text }}"
+                      "{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_a_template_that_loses_what_is_said_is_refused(what, folder, cli):  # noqa: F811
+    change_json(folder / "tokenizer_config.json", chat_template=LOST[what])
+    status, _, err = cli("generate", "--ckpt", folder, "--prompt", "What is it?")
+    assert status == 2 and "template" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer"])
+def test_tokenizer_json_is_read_as_it_is_whatever_class_is_named(name, folder):  # noqa: F811
+    """transformers 5 makes some classes' tokenizers anew (huggingface/transformers 45920)."""
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    byte_level(folder, "smollm")
+    change_json(folder / "tokenizer_config.json", tokenizer_class=name)
+    plainly = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours = open_tokenizer(folder)
+    for text in ("line 24169 is  42", "  It's OK", "def f(x):\n\n    return 7"):
+        assert ours.encode(text) == plainly.encode(text, add_special_tokens=False).ids
+
+
+def test_an_end_that_is_no_token_is_passed_over(folder):  # noqa: F811
+    change_json(folder / "config.json", eos_token_id=[-1, 9999])
+    assert open_tokenizer(folder).stop == {2}

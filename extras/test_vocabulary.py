@@ -199,7 +199,8 @@ def test_added_tokens_that_take_spaces_or_whole_words_are_named(name, tmp_path, 
 # Templates, and --check
 # --------------------------------------------------------------------------------------
 
-NAMED = {"default": "{{ messages[0].content }}", "tool_use": "{{ 1 }}", "rag-2": "{{ 2 }}"}
+SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"
+NAMED = {"default": SAID, "tool_use": "{{ 1 }}", "rag-2": "{{ 2 }}"}
 
 
 def as_list(folder: Path) -> None:
