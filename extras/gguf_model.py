@@ -6,9 +6,9 @@
 A matrix stays the file's bytes, memory-mapped. It is dequantised where it is used, on the
 device where it is used, and once more on the way back; nothing dequantised outlives its
 block. Of the embedding only the prompt's rows are dequantised, and the output matrix
-works for the answer's tokens alone, in pieces. So training needs the memory of the file
-and of one block, not of the model. Only a small model is dequantised whole, and only
-while it answers: there it is used for every token.
+works for the answer's tokens alone, in pieces unless the model is small. So training
+needs the memory of the file and of one block, not of the model. Only a small model is
+dequantised whole, and only while it answers: there it is used for every token.
 
 Config, tokenizer and templates are what extras.convert makes of the metadata, in a folder
 that is gone when the program ends. A table of rotary frequencies (rope_freqs.weight) is
@@ -113,10 +113,14 @@ class Packed(nn.Module):
 
 
 class Output(Packed):
-    """The output matrix: many rows, of which a piece at a time is dequantised."""
+    """The output matrix: many rows, of which a piece at a time is dequantised.
+
+    Not in a small model: whole, it sums the gradient in the folder's order, and the
+    scales that are learned are the folder's to the bit.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.small and not torch.is_grad_enabled():
+        if self.small:
             return super().forward(x)
         parts = []
         for start in range(0, len(self.data), self.piece):

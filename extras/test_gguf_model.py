@@ -91,15 +91,21 @@ def test_logits_loss_gradients_and_answers_are_those_of_the_folder(kind, config)
     assert gap(slopes, expected_slopes) < 1e-4 * expected_slopes.abs().max()
 
 
-def test_a_large_matrix_is_dequantised_in_pieces_to_the_same_numbers(monkeypatch):
+def test_a_large_model_is_dequantised_in_pieces_to_the_same_numbers(monkeypatch):
     file = source(make(Path("model"), "llama-bpe", **WIDE), "model.gguf", "Q4_1")
-    whole, _ = opened(file)
-    monkeypatch.setattr(gguf_model, "PIECE", 5 * 256)  # 5 rows; no count of rows is a multiple
-    pieces, _ = opened(file)
-    for name, module in pieces.named_modules():
+    small, _ = opened(file)
+    monkeypatch.setattr(gguf_model, "SMALL", 0)
+    monkeypatch.setattr(gguf_model, "PIECE", 5 * 256)  # 5 rows, which divide no matrix
+    large, _ = opened(file)
+    for name, module in large.named_modules():
         if isinstance(module, Packed):
-            expected = whole.get_submodule(name).values()
+            expected = small.get_submodule(name).values()
             assert torch.equal(module.values(), expected)
+    prompt = some_tokens(30)
+    loss, slopes = loss_and_slopes(large, prompt)
+    expected, expected_slopes = loss_and_slopes(small, prompt)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gap(slopes, expected_slopes) < 1e-4 * expected_slopes.abs().max()
 
 
 def test_a_table_of_frequencies_that_no_folder_can_say_is_used_as_it_is():
