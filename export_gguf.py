@@ -332,7 +332,7 @@ def story(folded: list[dict]) -> dict:
 def from_folder(folder: Path, config: seal.Config, scales, facts, outfile, kind) -> str:
     """Write a folder's GGUF file; returns what to say of its tensors."""
     raw = seal.read_json(folder / "config.json")
-    arch = "qwen2" if raw.get("model_type") == "qwen2" else "llama"
+    arch = raw["model_type"] if raw.get("model_type") in ("qwen2", "qwen3") else "llama"
     name = folder.resolve().name
     keys = {
         "general.architecture": arch,

@@ -37,6 +37,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
+from importlib import import_module
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -82,10 +83,11 @@ class Config:
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
     tie_word_embeddings: bool = False  # the output matrix is the embedding
     attention_bias: bool = False
+    qk_norm: bool = False  # Qwen3: q and k of a head are normed before they turn
     context: int = 0  # tokens of a prompt and its answer that the model is made for
     folded: tuple[str, ...] = ()  # fingerprints of the scales that are in its weights
 
-def rope_frequencies(config: Config) -> tuple[Tensor, float]:
+def rope_frequencies(config: Config):
     """The rotary frequencies (d/2,) in radians a token, and a factor on cos and sin.
     RoPE turns pair i of a head's channels by position * b^(-2i/d), so that q . k tells
     how far two tokens are apart, not where they are. The first pair turns fastest, by 1
@@ -121,6 +123,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, G * d, bias=bias)
         self.v_proj = nn.Linear(D, G * d, bias=bias)
         self.o_proj = nn.Linear(H * d, D, bias=bias)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(d, config.rms_norm_eps)
+        self.k_norm = norm(d, config.rms_norm_eps)
         self.scale = nn.Parameter(torch.ones(H))  # s: (H,), or (H * d,) for SEAL-C
 
     def forward(self, x: Tensor, rope, cache=None, start=0) -> Tensor:
@@ -129,7 +134,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
             cache[0][:, :, start : start + T] = k
             cache[1][:, :, start : start + T] = v
@@ -502,7 +507,7 @@ def save_scales(path, scales, facts: Facts):
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, about | {"format": "seal-1"}))
 
-def read_scales(path, config: Config) -> tuple[list[Tensor], Facts]:
+def read_scales(path, config: Config):
     """The scales in a file, by layer, and their facts; they must fit the config."""
     from pydantic import TypeAdapter
     L, H, d = config.num_hidden_layers, config.num_attention_heads, config.head_dim
@@ -587,6 +592,7 @@ def read_config(folder) -> Config:
         for key in {"original_max_position_embeddings"} & found.keys():
             rope[key] = found[key]  # outside it counts more
         found.setdefault("attention_bias", c.model_type == "qwen2")  # o_proj: 0
+        found["qk_norm"] = c.model_type == "qwen3"
         found["head_dim"] = found.get("head_dim") or c.hidden_size // c.num_attention_heads
         # LongChat has max_sequence_length; YaRN may only have factor x original.
         context = found.get("max_sequence_length") or c.max_position_embeddings
@@ -896,7 +902,7 @@ def draw_cells(flags: Flags, tokenizer, trained_on: str) -> list[tuple]:
         cells.append((length, depth, samples))
     return cells
 
-def measure(flags: Flags) -> dict[str, list[dict]]:
+def measure(flags: Flags):
     """{"base": cells, "SEAL-H": cells}, as asked for; --json grows cell by cell."""
     start, scales = time.monotonic(), {}
     model, tokenizer, facts = open_checkpoint(flags)
@@ -926,29 +932,21 @@ def eval_command(flags: Flags):
         from extras.plot import plot_scores
         plot_scores(flags.plot, results)
 
-def demo_command(flags: Flags):
-    from extras.demo import demo
-    demo(flags)
-
 def generate_command(flags: Flags):
     model, tokenizer, _ = open_checkpoint(flags)
     text = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     print(*ask(model, tokenizer, [Sample(text, answer="")], flags.max_new_tokens))
 
-def fold_command(flags: Flags):
-    from extras.folder import fold_folder
-    fold_folder(flags)
-
 MODEL = "ckpt template device dtype"
 TASK = f"{MODEL} extend task haystack seed"
 TRAIN = "mode length samples epochs lr pull offload resume out"
 EVAL = "scales compare lengths depths prompts max_new_tokens json plot"
-COMMANDS = {  # with their flags, and those of them that must be given
-    "demo": (demo_command, f"{MODEL} prompts samples seed out", ""),
+COMMANDS = {  # or their files; their flags; those of them that must be given
+    "demo": ("extras.demo", f"{MODEL} prompts samples seed out", ""),
     "train": (train_command, f"{TASK} {TRAIN}", ""),
     "eval": (eval_command, f"{TASK} {EVAL}", ""),
     "generate": (generate_command, MODEL + " extend scales prompt max_new_tokens", "prompt"),
-    "fold": (fold_command, "ckpt scales out", "scales out"),
+    "fold": ("extras.folder", "ckpt scales out", "scales out"),
 }
 
 class Parser(argparse.ArgumentParser):
@@ -977,6 +975,8 @@ def main(arguments=None):
         path = flags.get(name) or __file__
         if path in read or (name != "out" and not check_place(path)):  # before the work
             raise UserError(f"--{name} {path}: is read; give another name")
+    if isinstance(call, str):
+        call = import_module(call).command
     call(Flags(**flags))
 
 def exit_status(program: str, main, arguments=None) -> int:

@@ -229,7 +229,7 @@ def gap(a, b) -> float:
 # ---- Model and training --------------------------------------------------------------
 
 LLAMA, MISTRAL = transformers.LlamaForCausalLM, transformers.MistralForCausalLM
-QWEN2 = transformers.Qwen2ForCausalLM
+QWEN2, QWEN3 = transformers.Qwen2ForCausalLM, transformers.Qwen3ForCausalLM
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 24,
@@ -251,7 +251,7 @@ LLAMA_2 = seal.Config(32000, 4096, 11008, 32, 32, 32, 128, context=4096)  # the 
 def draw_config(seed: int) -> dict:
     """Kinds of heads, models and ropes in turn, the rest drawn."""
     rng = random.Random(seed)
-    kind = [LLAMA, LLAMA, LLAMA, MISTRAL, LLAMA, QWEN2][seed % 6]
+    kind = [LLAMA, LLAMA, QWEN3, MISTRAL, LLAMA, QWEN2][seed % 6]
     heads, groups = [(4, 4), (4, 2), (6, 2), (4, 1)][seed % 4]
     size, width = rng.choice([6, 10, 14, 32]), rng.choice([48, 72])
     if kind is LLAMA:
@@ -469,6 +469,7 @@ def test_an_interrupted_run_leaves_scales_and_resumes_bit_for_bit(
     ("head", "linear:2.5", "old bin shards", {"attention_bias": True}),
     ("head", "linear:2", "", {"model": QWEN2}),
     ("channel", "yarn:4", "shards", {"model": QWEN2}),
+    ("head", "ntk:2", "old bin", {"model": QWEN3, "head_dim": 32}),
     ("channel", "yarn:2", "old", {"tie_word_embeddings": True}),
     ("channel", "ntk:2", "", {"rope_parameters": YARN}),
     ("head", "ntk:2", "old", {"rope_parameters": LLAMA3}),

@@ -13,7 +13,7 @@ import seal
 from extras.plot import plot_scores
 
 
-def demo(flags: seal.Flags) -> None:
+def command(flags: seal.Flags) -> None:
     folder, results = Path(flags.out or "seal-demo"), {}
     folder.mkdir(exist_ok=True)
     for mode in seal.METHOD:

@@ -148,7 +148,7 @@ def note_if_unfinished(scales, facts: seal.Facts) -> None:
                   "prompts; the same train command with --resume goes on")
 
 
-def fold_folder(flags: seal.Flags) -> None:
+def command(flags: seal.Flags) -> None:
     """seal.py fold: an ordinary Hugging Face folder, the scales in its weights."""
     if Path(flags.ckpt).is_file():
         raise seal.UserError(f"{flags.ckpt}: is a file; export_gguf.py folds scales into it")

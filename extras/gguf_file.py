@@ -23,7 +23,7 @@ from torch import Tensor
 import seal
 
 MOST_READS = 4_000_000  # numbers and strings of a header; no model has half
-ARCHITECTURES = ("llama", "qwen2")  # llama is Mistral's and SmolLM's, too
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # llama is Mistral's and SmolLM's, too
 
 
 class Reader(gguf.GGUFReader):
@@ -185,6 +185,7 @@ class File:
             rope_scaling=rope,
             tie_word_embeddings="output.weight" not in self.tensors,
             attention_bias="blk.0.attn_q.bias" in self.tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in self.tensors,
             folded=tuple(filter(None, folded)),
         )
 

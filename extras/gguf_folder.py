@@ -32,6 +32,7 @@ from extras.gguf_file import File
 MODELS = {
     "llama": "LlamaForCausalLM",  # and Mistral's, SmolLM's, ...
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 
 # llama.cpp's other names for how text is cut.

@@ -14,7 +14,7 @@ import export_gguf
 import seal
 from extras import convert, meta
 from extras.check import LlamaCpp
-from extras.test_export import LLAMA3, MISTRAL, QWEN2, YARN, export
+from extras.test_export import LLAMA3, MISTRAL, QWEN2, QWEN3, YARN, export
 from extras.test_gguf import in_a_folder_of_its_own, rewritten  # noqa: F401
 from extras.test_vocabulary import ADDED, STRAYS, strings
 from test_seal import gap, load, logits, make, make_scales, reference, some_tokens
@@ -56,6 +56,7 @@ LLAMA31 = LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5000
     {"rope_parameters": LINEAR},
     MISTRAL | {"tie_word_embeddings": True},
     QWEN2,
+    QWEN3,
 ])
 def test_a_folder_exported_and_converted_back_is_the_folder(config, monkeypatch):
     ends = {"bos_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-5}

@@ -53,6 +53,7 @@ OTHER_YARN = YARN | {"beta_fast": 8.0, "attention_factor": 1.5}
 LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MISTRAL = {"model": transformers.MistralForCausalLM, "sliding_window": None}
 QWEN2 = {"model": transformers.Qwen2ForCausalLM}
+QWEN3 = {"model": transformers.Qwen3ForCausalLM, "head_dim": 32}
 
 KINDS = {  # name: (config, extension, change of the weights)
     "grouped queries": ({}, "none", None),
@@ -73,6 +74,7 @@ KINDS = {  # name: (config, extension, change of the weights)
     "mistral": (MISTRAL, "none", None),
     "qwen2": (QWEN2, "ntk:2", None),
     "qwen2, yarn": (QWEN2, "yarn:4", None),
+    "qwen3": (QWEN3, "ntk:2", None),
 }
 
 

@@ -14,7 +14,7 @@ import seal
 from extras import gguf_model, speed_gguf
 from extras.gguf_model import Packed, dequantize
 from extras.test_convert import LLAMA31, converted
-from extras.test_export import LLAMA3, QWEN2, YARN, export
+from extras.test_export import LLAMA3, QWEN2, QWEN3, YARN, export
 from extras.test_gguf import in_a_folder_of_its_own, source  # noqa: F401
 from test_seal import gap, load, logits, make, some_tokens
 
@@ -74,6 +74,7 @@ def test_every_type_is_dequantised_as_by_the_gguf_package(name):
     ("Q8_0", {"rope_parameters": YARN}),
     ("Q6_K", WIDE),
     ("Q4_0", QWEN2),
+    ("Q8_0", QWEN3),
 ])
 def test_logits_loss_gradients_and_answers_are_those_of_the_folder(kind, config):
     file = source(make(Path("model"), "llama-bpe", **config), "model.gguf", kind)
