@@ -224,6 +224,14 @@ def as_folder(file: File) -> Path:
     return folder
 
 
+def folder_of(ckpt) -> Path:
+    """A folder with the config and tokenizer of --ckpt: itself, or one made of a file."""
+    if not Path(ckpt).is_file():
+        return Path(ckpt)
+    with seal.blame(ckpt):
+        return as_folder(File(ckpt))
+
+
 def config_of(file: File) -> dict:
     """config.json; without a table of frequencies that it has no words for."""
     try:

@@ -2,7 +2,7 @@
 
     python -m extras.llamacpp base.gguf scaled.gguf --ckpt DIR --lengths 500,1000
 
---ckpt is the folder that belongs to the files: its tokenizer and chat template write the
+--ckpt is a folder or a file that they belong to: its tokenizer and chat template write the
 prompts, those of `seal.py eval` with the same flags (a FILE.jsonl whole), and they reach
 llama.cpp as token ids, BOS included. llama.cpp's server runs inside this process (the
 xllamacpp package), greedily, one prompt at a time and remembering none. Answers are
@@ -39,6 +39,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import seal
+from extras.gguf_model import folder_of
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
 DATE = {"date_string": "26 Jul 2024"}  # as in seal.TODAY
@@ -197,8 +198,9 @@ def main(arguments=None) -> None:
     if flags.json:
         seal.check_place(flags.json)
 
-    config = seal.extend(seal.read_config(flags.ckpt), flags.extend or "none")
-    tokenizer = seal.Tokenizer(flags.ckpt, config, flags.template)
+    folder = folder_of(flags.ckpt)
+    config = seal.extend(seal.read_config(folder), flags.extend or "none")
+    tokenizer = seal.Tokenizer(folder, config, flags.template)
     # What the scales in a file were trained on, it does not say.
     cells, files = seal.draw_cells(flags, tokenizer, trained_on=""), {}
     for path in args.files:

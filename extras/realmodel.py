@@ -236,7 +236,7 @@ PARTS = {"lines": lines, "format": format_or_retrieval, "kept": kept}
 
 def add_flags(p: seal.Parser, prompts: int, lengths: str) -> None:
     """The flags that extras.transfer has, too, with their defaults."""
-    p.add_argument("--ckpt", required=True, help="the folder that extras.convert made")
+    p.add_argument("--ckpt", required=True, help="a folder or a .gguf file")
     p.add_argument("--out", type=Path, default=Path("realmodel") / "realmodel.json")
     p.add_argument("--prompts", type=int, default=prompts, help="a cell")
     p.add_argument("--lengths", type=seal.wholes, default=lengths, help="A,B,C tokens")

@@ -12,11 +12,10 @@ RULER (Hsieh et al. 2024, github.com/NVIDIA/RULER) asks for more than one fact a
     niah_...  "magic numbers" in a text: of one of four keys, four of a key, of four keys
 
 The paper has common words: Llama-3.1-8B at 32K tokens, 2.6% before, 95.8% (SEAL-H) and
-99.7% (SEAL-C) after.
-The wording is that of RULER's code of 2024 to the letter, "assgined" too, as
-lm-evaluation-harness has it still. RULER's later code gives each statement of vt a line
-of its own: figures made with it are no measure for these prompts. The judge is RULER's:
-the share of the expected strings that an answer contains. Ours, and not RULER's:
+99.7% (SEAL-C) after. The wording is that of RULER's code of 2024 to the letter, also its
+"assgined", as lm-evaluation-harness has it still. RULER's later code gives each statement
+of vt a line of its own: figures made with it are no measure for these prompts. The judge
+is RULER's: the share of the expected strings that an answer contains. Not RULER's are:
 - `answer`, what training learns: in the form of the solved example.
 - The words: single ones from Python's documentation (so another Python draws other
   prompts), and seal.py's adjective-noun pairs as keys. RULER's come from a package.
@@ -41,6 +40,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import seal
+from extras.gguf_model import folder_of
 
 # ---- RULER's wording, and its numbers ----
 
@@ -283,9 +283,9 @@ def main(arguments=None) -> None:
     parser.add_argument("--task", required=True, choices=ROOM)
     parser.add_flags("ckpt template length samples seed haystack out")
     args = parser.parse_args(arguments)
-
-    config = seal.read_config(args.ckpt)
-    tokenizer = seal.Tokenizer(args.ckpt, config, args.template)
+    folder = folder_of(args.ckpt)
+    config = seal.read_config(folder)
+    tokenizer = seal.Tokenizer(folder, config, args.template)
     length = args.length or seal.longest_prompt(config)
     out = args.out or f"{args.task}-{length}-seed{args.seed}.jsonl"
     flags = args.task, tokenizer, length, args.samples, args.seed, args.haystack

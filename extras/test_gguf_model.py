@@ -12,9 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seal
 from extras import gguf_model, speed_gguf
+from extras import ruler
 from extras.gguf_model import Packed, dequantize
 from extras.test_convert import LLAMA31, converted
 from extras.test_export import LLAMA3, QWEN2, QWEN3, YARN, export
+from extras.test_gguf_file import in_parts
 from extras.test_gguf import in_a_folder_of_its_own, source  # noqa: F401
 from test_seal import gap, load, logits, make, some_tokens
 
@@ -153,6 +155,18 @@ def test_the_commands_take_a_file_whatever_its_name_and_remember_it(capsys):
     assert "already" in capsys.readouterr().err
     assert command("fold", "--ckpt", blob, "--scales", "s", "--out", "folder") == 2
     assert "export_gguf.py" in capsys.readouterr().err
+
+
+def test_a_split_file_is_one_and_rulers_prompts_come_from_a_file_as_from_a_folder(capsys):
+    folder = make(Path("model"), "llama-bpe", max_position_embeddings=4096)
+    file = source(folder, "whole.gguf", "F16")
+    whole, _ = opened(file)
+    for part in in_parts(file):
+        model, _ = opened(part)
+        assert gap(logits(model, some_tokens(20)), logits(whole, some_tokens(20))) == 0
+    for ckpt, out in ((file, "a.jsonl"), (converted(file), "b.jsonl")):
+        ruler.main(["--ckpt", str(ckpt), "--task", "vt", "--samples", "1", "--out", out])
+    assert Path("a.jsonl").read_text() == Path("b.jsonl").read_text()
 
 
 BAD = {  # what is done to the bytes of a good file
