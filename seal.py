@@ -69,7 +69,7 @@ def blame(what):
 # ---- 1. Model ------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """The shape of a Llama, in config.json's names but for the last two."""
+    """The shape of a Llama, in config.json's names but for the last three."""
 
     vocab_size: int  # V
     hidden_size: int  # D
