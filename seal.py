@@ -621,7 +621,6 @@ def open_weights(path: Path) -> dict[str, Tensor]:
 
 class Weights:
     """The tensors of a Hugging Face folder, by their names in the model."""
-
     def __init__(self, folder):
         self.folder, self.places = Path(folder), {}  # {name: (file, name there, shape)}
         wrappers = r"(_orig_mod|module|_\w+_wrapped_module|base_model\.model)\."
@@ -651,10 +650,13 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         path, stored, _ = self.places[name]
-        return open_weights(path)[stored]  # opened anew: freed with the tensor
+        if path.suffix == ".bin":
+            return open_weights(path)[stored]
+        with blame(path), safe_open(path, "pt") as file:  # anew: freed with the tensor
+            return file.get_tensor(stored)
 
-    def check(self, config: Config) -> None:
-        """UserError unless these are the weights of the config, no more and no less.
+    def check(self, config: Config) -> Llama:
+        """The config's model, empty; UserError unless these are just its weights.
         They may leave out o_proj's biases, and an output matrix that is the embedding.
         """
         with blame(self.folder), torch.device("meta"):  # shapes without memory
@@ -665,11 +667,12 @@ class Weights:
                 if tied or name.endswith((".scale", "o_proj.bias")):
                     given.setdefault(name, like)
             model.load_state_dict(given, assign=True)  # torch says what does not fit
+        return model
 
 def load_model(folder, config: Config, device="cpu", dtype=None) -> Llama:
     """Frozen, its scales at one. dtype None: float32 on a CPU, else the files' first."""
     weights, state = Weights(folder), {}
-    weights.check(config)
+    model = weights.check(config)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     for name in tqdm(weights.places, "loading", leave=False):
@@ -677,8 +680,6 @@ def load_model(folder, config: Config, device="cpu", dtype=None) -> Llama:
         dtype = dtype or tensor.dtype
         state[name] = tensor.to(device, dtype, copy=True)
     state.setdefault("lm_head.weight", state["embed_tokens.weight"])
-    with torch.device("meta"):
-        model = Llama(config)
     for name, like in model.state_dict().items():  # scales, and what files leave out
         state.setdefault(name, torch.zeros_like(like, device=device, dtype=dtype))
     model.load_state_dict(state, assign=True)
@@ -693,7 +694,6 @@ TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 class Tokenizer:
     """Text to token ids and back, inside the checkpoint's chat template."""
-
     def __init__(self, folder, config: Config, template="auto"):
         folder, self.name = Path(folder).resolve(), template
         self.vocab_size, self.context = config.vocab_size, config.context
@@ -783,8 +783,6 @@ class Tokenizer:
         return prompt, answer[: answer.index(self.end_token) + 1]
 
 # ---- 8. Commands ---------------------------------------------------------------------
-DTYPES = "auto", "float32", "float16", "bfloat16"
-
 def wholes(text):
     if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 500,1000,2000")
@@ -818,7 +816,8 @@ class Flags:
     prompt: str = flag("the text, or - for standard input")
     max_new_tokens: int = flag("tokens of an answer, at most (100)", 100, type=int)
     device: str = flag("auto, cpu, cuda, cuda:1, mps", "auto")
-    dtype: str = flag("auto: float32 on a CPU, else the files'", "auto", choices=DTYPES)
+    dtype: str = flag("auto: float32 on a CPU, else the files'", "auto",
+                      choices=["auto", "float32", "float16", "bfloat16"])
     seed: int = flag("draws the prompts", 0, type=int)
     json: str = flag("a file for the result")
     plot: str = flag("a PNG for the result")
@@ -859,9 +858,8 @@ def train_command(flags: Flags):
     facts.epochs, facts.pull = flags.epochs, flags.pull
     facts.length = flags.length or longest_prompt(tokenizer)
     facts.lr = flags.lr or paper_lr(flags.task, flags.mode, facts.layers)
-    samples = make_samples(
-        flags.task, tokenizer, facts.length, flags.samples, "train", flags.seed,
-        haystack=flags.haystack)
+    samples = make_samples(flags.task, tokenizer, facts.length, flags.samples, "train",
+                           flags.seed, haystack=flags.haystack)
     facts.samples, facts.trained_on = len(samples), ",".join(map(Sample.fingerprint, samples))
     pairs = list(map(tokenizer.pair, samples))
     model.reset_scales(flags.mode)
@@ -970,11 +968,13 @@ def main(arguments=None):
     call, *_ = COMMANDS[flags.pop("command")]
     with blame("flags"):
         check_json(flags, "flags.schema.json")
-    read = {flags.get(name) for name in ("ckpt", "scales", "task", "haystack")}
+    read = [flags.get(name) for name in ("ckpt", "scales", "task", "haystack")]
     for name in ("json", "plot", "out"):
-        path = flags.get(name) or __file__
-        if path in read or (name != "out" and not check_place(path)):  # before the work
+        path = flags.get(name)
+        if path and path in read:
             raise UserError(f"--{name} {path}: is read; give another name")
+        if path and name != "out":
+            check_place(path)  # before the work
     if isinstance(call, str):
         call = import_module(call).command
     call(Flags(**flags))

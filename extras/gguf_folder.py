@@ -51,8 +51,12 @@ def token(file: File, name: str, default: int = -1) -> int:
 # --------------------------------------------------------------------------------------
 
 
-def read_config(file: File) -> dict:
-    """The metadata as config.json says it."""
+def read_config(file: File, any_table=False) -> dict:
+    """The metadata as config.json says it.
+
+    any_table: a rope_freqs.weight for which config.json has no words is passed over, as
+    the caller uses the table itself.
+    """
     c = file.config
     config = {
         "architectures": [MODELS[file.arch]],
@@ -68,7 +72,7 @@ def read_config(file: File) -> dict:
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": read_rope(file),
+        "rope_scaling": read_rope(file, any_table),
         "tie_word_embeddings": c.tie_word_embeddings,
     }
     if file.arch == "llama":
@@ -102,12 +106,12 @@ def read_folded(file: File) -> list[dict]:
     return folded
 
 
-def read_rope(file: File) -> dict | None:
+def read_rope(file: File, any_table: bool) -> dict | None:
     """What stretches the rotary frequencies, as config.json's rope_scaling says it."""
     kind, factor, magnitude = file.stretch()
     table = "rope_freqs.weight" in file.tensors
     if factor == 1 and magnitude == 1:
-        return llama3_scaling(file) if table else None
+        return llama3_scaling(file, any_table) if table else None
     if kind == "linear" and magnitude == 1 and not table:
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn" and factor > 1 and not table:
@@ -118,7 +122,7 @@ def read_rope(file: File) -> dict | None:
     raise ValueError(f"positions scaled by {kind} and more are not supported")
 
 
-def llama3_scaling(file: File) -> dict | None:
+def llama3_scaling(file: File, any_table: bool) -> dict | None:
     """The parameters of Llama 3's scaling, if rope_freqs.weight is what they make."""
     c = file.config
     divisors = file.tensors["rope_freqs.weight"].values(slice(None)).flatten()  # (d/2,)
@@ -130,6 +134,8 @@ def llama3_scaling(file: File) -> dict | None:
     kept = np.clip((turns - low) / (high - low), 0, 1)  # (d/2,)
     table = 1 / ((1 - kept) / factor + kept)
     if divisors.shape != table.shape or not np.allclose(divisors, table, rtol=1e-4):
+        if any_table:
+            return None
         raise ValueError("rope_freqs.weight is not Llama 3's, the only one known")
     return {
         "rope_type": "llama3",

@@ -150,9 +150,7 @@ def load_packed(file: File, folder, config: seal.Config, device="cpu", dtype=Non
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     with seal.blame(file.path):
-        Planned(file.path, plan(file)).check(config)
-    with torch.device("meta"):
-        model = seal.Llama(config)
+        model = Planned(file.path, plan(file)).check(config)
     small = sum(math.prod(t.shape) for t in file.tensors.values()) < SMALL
     if not small:
         give_memory_back()
@@ -219,7 +217,7 @@ def as_folder(file: File) -> Path:
     atexit.register(shutil.rmtree, top, ignore_errors=True)
     folder = top / file.path.resolve().stem
     folder.mkdir()
-    seal.write_json(folder / "config.json", config_of(file))
+    seal.write_json(folder / "config.json", read_config(file, any_table=True))
     write_texts(folder, read_tokenizer(file))
     return folder
 
@@ -230,19 +228,6 @@ def folder_of(ckpt) -> Path:
         return Path(ckpt)
     with seal.blame(ckpt):
         return as_folder(File(ckpt))
-
-
-def config_of(file: File) -> dict:
-    """config.json; without a table of frequencies that it has no words for."""
-    try:
-        return read_config(file)
-    except ValueError:
-        if "rope_freqs.weight" not in file.tensors:
-            raise
-    table = file.tensors.pop("rope_freqs.weight")
-    config = read_config(file)
-    file.tensors["rope_freqs.weight"] = table
-    return config
 
 
 def open_gguf(flags: seal.Flags):
