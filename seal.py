@@ -35,16 +35,17 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from decimal import Decimal
+from functools import partial
 from importlib import import_module
-from itertools import accumulate, product
+from itertools import accumulate, cycle, product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import OutOfMemoryError, Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
@@ -70,7 +71,6 @@ def blame(what):
 @dataclass(frozen=True)
 class Config:
     """The shape of a Llama, in config.json's names but for the last three."""
-
     vocab_size: int  # V
     hidden_size: int  # D
     intermediate_size: int  # width inside the feed-forward
@@ -107,10 +107,34 @@ def rotate(x: Tensor, rope) -> Tensor:
     a, b = x.chunk(2, dim=-1)  # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, causal. q (B, H, T, d), k and v (B, G, S, d)."""
-    causal = q.shape[2] > 1  # all tokens are queries (T = S), or only the newest
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+def arrange(start: int, T: int, branches):
+    """Positions (T,) of the tokens from `start` on, and what the last R of them see.
+    A token sees only what stands before it, so a record comes out the same whatever is
+    asked behind it: it is read once and asked many questions. These are its branches, the
+    last R tokens. Each goes on where the record ends, and sees the record and itself. A
+    record of three tokens, with branches of one and two: positions 0 1 2 3 3 4, and
+
+        1 1 1 1 0 0
+        1 1 1 0 1 0   mask (R, start + T)
+        1 1 1 0 1 1
+    """
+    if start:  # in a cache: what follows it is one branch
+        branches = [T]
+    end = start + T - sum(branches)
+    positions = torch.arange(start, end), *(end + torch.arange(n) for n in branches)
+    own = torch.block_diag(*(torch.ones(n, n).tril() for n in branches))  # (R, R)
+    mask = F.pad(own, (end, 0), value=1.0)  # (R, start + T)
+    return torch.cat(positions), mask.bool()
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. q (B, H, T, d), k and v (B, G, S, d).
+    The last R queries see the keys that mask (R, S) says, the first those before them.
+    """
+    attention = partial(F.scaled_dot_product_attention, enable_gqa=True)
+    P = q.shape[2] - len(mask)
+    record = attention(q[..., :P, :], k[..., :P, :], v[..., :P, :], is_causal=True)
+    branches = attention(q[..., P:, :], k, v, attn_mask=mask)
+    return torch.cat((record, branches), dim=2)
 
 class Attention(nn.Module):
     """H heads, each scaled by SEAL before the output projection."""
@@ -128,18 +152,18 @@ class Attention(nn.Module):
         self.k_norm = norm(d, config.rms_norm_eps)
         self.scale = nn.Parameter(torch.ones(H))  # s: (H,), or (H * d,) for SEAL-C
 
-    def forward(self, x: Tensor, rope, cache=None, start=0) -> Tensor:
-        """x (B, T, D) -> (B, T, D). cache: k and v, filled up to `start`."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+    def forward(self, x: Tensor, rope, mask, cache=None, start=0) -> Tensor:
+        """x (B, T, D) -> (B, T, D). cache (2, B, G, size, d): k and v up to `start`."""
+        split = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(2, split).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).unflatten(2, split).transpose(1, 2)  # (B, G, T, d)
+        v = self.v_proj(x).unflatten(2, split).transpose(1, 2)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
-            cache[0][:, :, start : start + T] = k
-            cache[1][:, :, start : start + T] = v
-            k, v = (stored[:, :, : start + T] for stored in cache)  # (B, G, S, d)
-        heads = attend(q, k, v).transpose(1, 2)  # (B, T, H, d)
+            end = start + x.shape[1]
+            cache[..., start:end, :] = torch.stack((k, v))
+            k, v = cache[..., :end, :]  # (B, G, S, d)
+        heads = attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, d)
 
         # SEAL (paper, section 4): y = concat_h( s_h * head_h ) W_o^T. The scaled heads
         # are made in float32, as the scales are, and rounded once.
@@ -167,8 +191,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope, cache=None, start=0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
+    def forward(self, x: Tensor, rope, mask, cache=None, start=0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Llama(nn.Module):
@@ -182,22 +206,32 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.lm_head = nn.Linear(D, V, bias=False)
         self.frequencies, self.magnitude = rope_frequencies(config)
+        self.room = 0  # bytes that layers may keep for the way back
 
-    def forward(self, tokens: Tensor, cache=None, start=0) -> Tensor:
+    def forward(self, tokens: Tensor, branches=(1,), cache=None, start=0) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block (B, T, D).
-        cache: per layer, room for k and v (B, G, any size, d), filled up to `start`.
+        branches: lengths of the branches at the end of tokens; one is as good as none.
+        cache (L, 2, B, G, any size, d): k and v of each layer, filled up to `start`.
         """
         x = self.embed_tokens(tokens)  # (B, T, D)
-        positions = torch.arange(start, start + tokens.shape[1], device=x.device)
+        with x.device:
+            positions, mask = arrange(start, x.shape[1], branches)
         angles = positions[:, None] * self.frequencies.to(x.device)  # (T, d/2)
-        rope = [(self.magnitude * turn(angles)).to(x.dtype) for turn in (torch.cos, torch.sin)]
+        rope = self.magnitude * torch.stack((angles.cos(), angles.sin()))
+        rope = rope.to(x.dtype)  # (2, T, d/2)
         for i, layer in enumerate(self.layers):
-            if torch.is_grad_enabled() and cache is None:
-                # Keeps x, and computes the rest of the layer again on the way back.
-                x = recompute(layer, x, rope, use_reentrant=False)
+            # For the way back a layer keeps some 13 times its x, or x to compute again.
+            if torch.is_grad_enabled() and 13 * x.nbytes * len(self.layers) > self.room:
+                x = recompute(layer, x, rope, mask, use_reentrant=False)
             else:
-                x = layer(x, rope, cache[i] if cache else None, start)
+                x = layer(x, rope, mask, None if cache is None else cache[i], start)
         return x
+
+    def new_cache(self, size: int) -> Tensor:
+        """Room for k and v of `size` tokens in every layer (L, 2, 1, G, size, d)."""
+        c = self.config
+        shape = c.num_hidden_layers, 2, 1, c.num_key_value_heads, size, c.head_dim
+        return self.norm.weight.new_empty(shape)
 
     def logits(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., V), float32. For all T tokens they would be huge."""
@@ -236,15 +270,21 @@ def extend(config: Config, spec: str) -> Config:
     return replace(config, context=int(config.context * f), rope_theta=base)
 
 @torch.no_grad()
-def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
-    """Greedy continuation of a prompt (token ids), ended before a token of `stop`."""
-    c, like = model.config, model.norm.weight
-    shape = 1, c.num_key_value_heads, len(prompt) + max_new_tokens, c.head_dim
-    cache = [(like.new_empty(shape), like.new_empty(shape)) for _ in model.layers]
-    tokens, start, answer = prompt, 0, []
-    for _ in range(max_new_tokens):
-        x = model(torch.tensor([tokens], device=like.device), cache, start)  # (1, T, D)
-        start += len(tokens)
+def generate(model, prompt, max_new_tokens, stop=(), cache=None, start=0) -> list[int]:
+    """Greedy continuation of a prompt (token ids), ended before a token of `stop` and by
+    the context. A cache may hold the first `start` tokens of the prompt already.
+    """
+    room = model.config.context - len(prompt)
+    if not prompt or room < 1:
+        raise UserError(f"a prompt has {len(prompt)} tokens, {room} are left to answer")
+    new = min(max_new_tokens, room)
+    if cache is None:
+        cache = model.new_cache(len(prompt) + new)
+    tokens, answer = prompt[start:], []
+    for _ in range(new):
+        tokens = torch.tensor([tokens], device=model.norm.weight.device)  # (1, T)
+        x = model(tokens, cache=cache, start=start)  # (1, T, D)
+        start += x.shape[1]
         logits = model.logits(x[0, -1])  # (V,)
         if not logits.max().isfinite():
             raise UserError("the logits are no numbers; see to the weights, or --dtype")
@@ -260,25 +300,20 @@ def generate(model, prompt, max_new_tokens, stop=()) -> list[int]:
 @dataclass
 class Sample:
     """A prompt, the answer to learn, and what decides whether a text answers it."""
-
     prompt: str
     answer: str
-    expected: int | list[str] | None = None
+    expected: int | None = None
     prefix: str = ""  # the answer's beginning: given behind the prompt, not learned
 
     def score(self, text: str) -> float:
-        """How right a text is, 0 to 1, by one of three judges.
-
-        A number: it is the last run of digits (LongEval). A list: the share of its texts
-        that are found (RULER). Nothing: the share of the answer's words that are found
-        (ROUGE-1 recall). judge() calls what is above 0.5 correct.
+        """How right a text is, 0 to 1; judge() calls what is above 0.5 correct.
+        A number: it is the last run of digits (LongEval). Else the share of the answer's
+        words that are found (ROUGE-1 recall).
         """
         said = text.casefold()
-        if isinstance(self.expected, int | float):
+        if self.expected is not None:
             runs = re.findall(r"\d+", said)  # of any length, which int() refuses
             return float(runs != [] and Decimal(runs[-1]) == self.expected)
-        if self.expected:
-            return sum(x.casefold() in said for x in self.expected) / len(self.expected)
         wanted = Counter(re.findall(r"\w+", self.answer.casefold()))
         found = Counter(re.findall(r"\w+", said))
         return (wanted & found).total() / max(1, wanted.total())
@@ -293,14 +328,14 @@ def digest(data: bytes) -> str:
 def longest_prompt(owner):
     return owner.context - 48  # of a config or tokenizer; 48 tokens are left to answer
 
-def largest_fit(make, tokenizer, length, limit) -> Sample:
-    """make(n), a sample of n lines or sentences, with the largest n below `limit` whose
-    prompt has `length` tokens at most by the tokenizer (part 7), template included."""
-
-    def tokens(n):
-        return len(tokenizer.prompt(make(n).prompt))
-
+def largest_fit(make, tokenizer, length, limit) -> list[Sample]:
+    """make(n), samples of n lines or sentences, with the largest n below `limit` whose
+    prompts have `length` tokens at most by the tokenizer (part 7), template included."""
+    def tokens(n, questions=1):
+        return max(len(tokenizer.prompt(s.prompt)) for s in make(n)[:questions])
     n = bisect.bisect_right(range(1, limit + 1), length, key=tokens)  # the last fit
+    while n and tokens(n, questions=None) > length:  # some keys have more tokens
+        n -= 1
     if not 0 < n < limit:
         raise UserError(f"{length} tokens: prompts have {tokens(1)} to {tokens(limit)}")
     return make(n)
@@ -311,81 +346,81 @@ LINE_ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 ADJECTIVES, NOUNS = map(str.split, (ASSETS / "words.txt").read_text().splitlines())
 KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 8,010
 
-def lines_sample(rng, tokenizer, length, split, depth, haystack) -> Sample:
-    """Lines that fill `length` tokens, and a question for one: any, or at `depth` %."""
+def lines_samples(rng, tokenizer, length, split, depth, haystack, questions):
+    """Lines that fill `length` tokens, and questions, each for another line: the first
+    one's is any, or at `depth` %, the others' are spread over the record from there."""
     limit = min(length // 4 + 1, len(KEYS))  # no line is shorter than four tokens
     keys = rng.sample(KEYS, limit)
     numbers = [rng.randint(1, 50000) for _ in keys]
     share = rng.random() if depth is None else depth / 100
-
     def make(n):
         lines = [LINE.format(key=k, number=x) for k, x in zip(keys[:n], numbers)]
-        asked = min(n - 1, int(share * n))
-        key, number = keys[asked], numbers[asked]
-        prompt = RECORD.format(lines="".join(lines), key=key)
-        return Sample(prompt, LINE_ANSWER.format(key=key, number=number), number)
-
+        first, count = min(n - 1, int(share * n)), min(n, questions)
+        samples = []
+        for i in range(count):
+            asked = (first + i * n // count) % n
+            key, number = keys[asked], numbers[asked]
+            prompt = RECORD.format(lines="".join(lines), key=key)
+            answer = LINE_ANSWER.format(key=key, number=number)
+            samples.append(Sample(prompt, answer, number))
+        return samples
     return largest_fit(make, tokenizer, length, limit)
 
 # Needle in a haystack. The needles to train on are invented, as the paper's.
-NEEDLE, QUESTION = "The best thing to do in {} is {}.", "What is the best thing to do in {}?"
+NEEDLE = "The best thing to do in {} is {}."
+QUESTION = "What is the best thing to do in {}?"
 NEEDLES = [line.split("\t") for line in (ASSETS / "needles.txt").read_text().splitlines()]
 TEST_NEEDLE, *TRAINING_NEEDLES = NEEDLES  # San Francisco's sandwich, and ten
 
-def needle_sample(rng, tokenizer, length, split, depth, haystack) -> Sample:
+def needle_samples(rng, tokenizer, length, split, depth, haystack, questions):
     """A needle in a text that fills `length` tokens and begins at any sentence of the
     file; it goes before the sentence that `depth` %, counted in tokens, falls into."""
-    if not haystack:
-        raise UserError("--task needle: needs --haystack FILE.txt, to hide needles in")
-    with blame(f"--haystack {haystack}"):
-        text = Path(haystack).read_text(encoding="utf-8-sig").rstrip() + "\n"
-        # A sentence ends at . ! ? before a space, and at the full-width ones.
-        end = r"(?:[.!?](?=\s)|[。！？।]|$)"
-        sentences = re.findall(rf"(?s)\S.{{,999}}?{end}\s*|\S.{{,999}}\S*\s*", text)
-        place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
-        depth = rng.uniform(0, 100) if depth is None else depth
-        start = rng.randrange(len(sentences))
+    from extras.tasks import read_sentences
+    sentences = read_sentences(haystack)
+    place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
+    depth = rng.uniform(0, 100) if depth is None else depth
+    start = rng.randrange(len(sentences))
     limit = length // 3 + 1  # sentences have three tokens or more, on average
     sentences = [sentences[(start + i) % len(sentences)] for i in range(limit)]
-    # ends[i]: tokens up to the end of sentence i.
-    ends = list(accumulate(len(tokenizer.encode(s)) for s in sentences))
+    ends = list(accumulate(len(tokenizer.encode(s)) for s in sentences))  # in tokens
     fact, question = NEEDLE.format(place, what), QUESTION.format(place)
-
     def make(n):
         at = bisect.bisect_right(ends, ends[n - 1] * depth / 100, hi=n)
         text = "".join([*sentences[:at], fact + " ", *sentences[at:n]])
-        return Sample(f"{text.strip()}\n\n{question}", fact)
-
+        return [Sample(f"{text.strip()}\n\n{question}", fact)]
     return largest_fit(make, tokenizer, length, limit)
 
-TASKS = {"lines": lines_sample, "needle": needle_sample}  # with the same arguments
+TASKS = {"lines": lines_samples, "needle": needle_samples}  # with the same arguments
 
-def make_samples(task, tokenizer, length, count, split, seed=0, depth=None, haystack=None,
-                 trained_on="") -> list[Sample]:
-    """Up to `count` samples of a task (lines, needle, FILE.jsonl), `length` tokens at most.
-
-    The fact stands at `depth` percent or anywhere. Training and test share no prompt: the
-    split, "train" or "eval", is part of the seed, and whatever has its fingerprint in the
-    text `trained_on` is left out, which parts a file, too.
+def make_records(task, tokenizer, lengths, count, split, seed=0, depth=None, haystack=None,
+                 trained_on="", questions=1) -> list[list[Sample]]:
+    """Up to `count` records of a task (lines, needle, FILE.jsonl), as lists of samples.
+    Prompts have one of these lengths in turn, at most. The fact stands at `depth` percent
+    or anywhere. Training and test share no prompt: the split, "train" or "eval", is part
+    of the seed, and a file leaves out what has its fingerprint in the text `trained_on`.
     """
     if task in TASKS:
-        samples = []
-        for i in range(count):
+        records = []
+        for i, length in zip(range(count), cycle(lengths)):
             rng = random.Random(f"{task} {split} {seed} {length} {i}")
-            samples.append(TASKS[task](rng, tokenizer, length, split, depth, haystack))
+            make = TASKS[task]
+            records.append(make(rng, tokenizer, length, split, depth, haystack, questions))
     else:
-        from extras.tasks import read_jsonl  # which knows more judges
-        samples = read_jsonl(task)
-        random.Random(seed).shuffle(samples)
-    samples = [s for s in samples if s.fingerprint() not in trained_on][:count]
-    if not samples:
+        from extras.tasks import read_records  # which knows more judges
+        records = read_records(task, seed, trained_on, questions)[:count]
+    if not records:
         raise UserError(f"--task {task}: holds no prompt that was not trained on")
-    for s in samples:
+    for s in sum(records, []):
         prompt, answer = tokenizer.pair(s)
+        length = max(lengths)
         if len(prompt) > length or len(prompt + answer) > tokenizer.context:
             raise UserError(f"{s.prompt[:30]!r}... has {len(prompt)} tokens, its answer "
                             f"{len(answer)}: --length {length}, context {tokenizer.context}")
-    return samples
+    return records
+
+def make_samples(task, tokenizer, length, count, split, *more, **others) -> list[Sample]:
+    """What make_records() makes of one length, as one list."""
+    return sum(make_records(task, tokenizer, [length], count, split, *more, **others), [])
 
 # ---- 3. Training ---------------------------------------------------------------------
 def paper_lr(task: str, mode: str, layers: int) -> float:
@@ -394,24 +429,37 @@ def paper_lr(task: str, mode: str, layers: int) -> float:
         return 4e-2 if mode == "head" else 5e-2
     return 1e-2 if mode == "head" and layers < 40 else 2e-2  # 40 layers: a 13B
 
-def answer_loss(model, prompt, answer) -> Tensor:
-    """Mean cross-entropy of the answer's tokens, its end token included, in nats.
-    The prompt does not count: its thousands of random tokens would drown the thirty of
-    the answer. So only these get logits, which also saves the largest tensor.
+def answer_loss(model, record) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, end tokens included, in nats.
+    A record is a list of pairs (prompt ids, answer ids) whose prompts begin alike. What
+    they share stands once, the rests are branches. Prompts do not count: thousands of
+    random tokens would drown the thirty of an answer. So only these get logits, which
+    also saves the largest tensor.
     """
-    tokens = torch.tensor([prompt + answer], device=model.norm.weight.device)  # (1, T + 1)
-    x = model(tokens[:, :-1])[0, -len(answer) :]  # (1, T, D) -> (A, D): each foretells one
-    return F.cross_entropy(model.logits(x), tokens[0, -len(answer) :])
+    shared = os.path.commonprefix([prompt[:-1] for prompt, _ in record])
+    tokens, lengths = shared, []
+    for prompt, answer in record:
+        branch = (prompt + answer[:-1])[len(shared) :]
+        tokens = tokens + branch
+        lengths.append(len(branch))
+    loss = 0.0
+    with model.norm.weight.device:
+        x = model(torch.tensor([tokens]), lengths)  # (1, T) -> (1, T, D)
+        branches = x[0, len(shared) :].split(lengths)
+        for x, (_, answer) in zip(branches, record):
+            logits = model.logits(x[-len(answer) :])  # (A, V): each row foretells a token
+            loss += F.cross_entropy(logits, torch.tensor(answer)) / len(record)
+    return loss
 
-def backward(model, pair) -> Tensor:
-    """Loss of a pair (prompt ids, answer ids); its gradient goes to the scales only."""
-    loss = answer_loss(model, *pair)
+def backward(model, record) -> Tensor:
+    """Loss of a record; its gradient goes to the scales only."""
+    loss = answer_loss(model, record)
     loss.backward()
     return loss.detach()
 
-def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> list[float]:
-    """Learn the model's scales on pairs (prompt ids, answer ids); returns the losses.
-    As in the paper: AdamW at a constant rate, a prompt a step. Weight decay would prune
+def train(model, records, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> list[float]:
+    """Learn the model's scales on records (see answer_loss); returns the losses.
+    As in the paper: AdamW at a constant rate, a record a step. Weight decay would prune
     heads; `pull` moves scales that share of the way back to 1 after each step. What
     after_step(losses, optimizer) stores can be `saved` later, its scales in the model.
     """
@@ -420,14 +468,13 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> 
     if saved:
         losses = saved["losses"]
         optimizer.load_state_dict(saved["optimizer"])
-    bar = tqdm(range(len(losses), epochs * len(pairs)), "training", unit="step")
+    bar = tqdm(range(len(losses), epochs * len(records)), "training", unit="step")
     for step in bar:
-        loss = backward(model, pairs[step % len(pairs)])
+        loss = backward(model, records[step % len(records)])
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for scale in scales:
-                scale += pull * (1 - scale)
+        for scale in scales:
+            scale.data += pull * (1 - scale.data)
         if not all(t.isfinite().all() for t in (loss, *scales)):
             raise UserError(f"step {step + 1}: the loss is {loss.item()}; lower --lr")
         losses.append(loss.item())
@@ -438,14 +485,19 @@ def train(model, pairs, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> 
 
 # ---- 4. Evaluation -------------------------------------------------------------------
 def ask(model, tokenizer, samples, max_new_tokens=100, desc="") -> list[str]:
-    """Greedy answers to the samples' prompts, as far as the context reaches."""
-    answers, context = [], model.config.context
-    for sample in tqdm(samples, desc=desc, unit="prompt"):
-        prompt = tokenizer.prompt(sample.prompt, sample.prefix)
-        if not 0 < len(prompt) < context:
-            raise UserError(f"a prompt has {len(prompt)} tokens, the context {context}")
-        new = min(max_new_tokens, context - len(prompt))
-        answers.append(tokenizer.decode(generate(model, prompt, new, tokenizer.stop)))
+    """Greedy answers to the samples' prompts, as far as the context reaches. What most of
+    a prompt shares with the one before it is not read again."""
+    prompts = [tokenizer.prompt(s.prompt, s.prefix) for s in samples]
+    longest = max(map(len, prompts)) + max_new_tokens
+    cache = model.new_cache(min(longest, model.config.context))
+    answers, read = [], []
+    for prompt in tqdm(prompts, desc=desc, unit="prompt"):
+        start = len(os.path.commonprefix([read, prompt[:-1]]))
+        if 4 * start < 3 * len(prompt):
+            start = 0
+        ids = generate(model, prompt, max_new_tokens, tokenizer.stop, cache, start)
+        answers.append(tokenizer.decode(ids))
+        read = prompt
     return answers
 
 def judge(samples, answers) -> dict:
@@ -459,8 +511,8 @@ def score_table(results) -> str:
     from tabulate import tabulate
     rows = []
     for cells in zip(*results.values()):
-        scores = [cell["score"] for cell in cells]
-        rows.append([cells[0]["length"], cells[0]["depth"], *scores])
+        first, scores = cells[0], [cell["score"] for cell in cells]
+        rows.append([first["length"], first["depth"], *scores])
     return tabulate(rows, ["length", "depth", *results], floatfmt=".2f", intfmt=",")
 
 # ---- 5. Scales: folding, and their file ----------------------------------------------
@@ -480,7 +532,6 @@ def fold(name: str, tensor: Tensor, scales) -> Tensor:
 @dataclass
 class Facts:
     """What is stored with scales: how they were learned, so how they are to be used."""
-
     mode: str
     layers: int
     heads: int
@@ -489,8 +540,9 @@ class Facts:
     extend: str = "none"
     template: str = "auto"
     task: str = ""
-    length: int = 0
-    samples: int = 0
+    length: str = ""  # tokens of a record; several, with commas between, in turn
+    samples: int = 0  # records
+    questions: int = 1  # of each record
     epochs: int = 1
     lr: float = 0.0
     pull: float = 0.0
@@ -502,7 +554,7 @@ class Facts:
 
 def save_scales(path, scales, facts: Facts):
     """layers.{i}.scale, float32, (H,) or (H * d,), and the facts as metadata."""
-    tensors = {f"layers.{i}.scale": s.detach().float().cpu() for i, s in enumerate(scales)}
+    tensors = {f"layers.{i}.scale": s.detach().cpu() for i, s in enumerate(scales)}
     about = {name: str(value) for name, value in asdict(facts).items()}
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, about | {"format": "seal-1"}))
@@ -591,8 +643,6 @@ def read_config(folder) -> Config:
         found["rope_theta"] = rope.pop("rope_theta", None)
         for key in {"original_max_position_embeddings"} & found.keys():
             rope[key] = found[key]  # outside it counts more
-        found.setdefault("attention_bias", c.model_type == "qwen2")  # o_proj: 0
-        found["qk_norm"] = c.model_type == "qwen3"
         found["head_dim"] = found.get("head_dim") or c.hidden_size // c.num_attention_heads
         # LongChat has max_sequence_length; YaRN may only have factor x original.
         context = found.get("max_sequence_length") or c.max_position_embeddings
@@ -604,20 +654,17 @@ def read_config(folder) -> Config:
         check_json(found, "config.schema.json")
         if raw.get("rope_scaling") and raw.get("rope_parameters"):
             raise ValueError("has rope_scaling and rope_parameters; one of them must go")
-        kinds = {*(found.get("layer_types") or [c.model_type])}
-        if kinds & {"mistral", "sliding_attention"} and (c.sliding_window or context) < context:
-            raise ValueError("sliding_window: null it, lower max_position_embeddings to it")
-        return Config(**{f.name: found[f.name] for f in fields(Config)})
+        if c.model_type != "llama":
+            from extras.families import adapt  # Mistral's window, Qwen's norms and biases
+            adapt(found)
+        return Config(**{f.name: found[f.name] for f in fields(Config) if f.name in found})
 
-def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, memory-mapped: none is read before it is used."""
-    with blame(path):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
-        for key in ("state_dict", "model_state_dict", "model", "module"):
-            state = state.get(key, state)  # some trainers put them a level down
-        return {name: t for name, t in state.items() if isinstance(t, Tensor)}
+def open_weights(path: Path):
+    """keys() and get_tensor(name) of a file, memory-mapped: read where they are used."""
+    if path.suffix == ".safetensors":
+        return safe_open(path, "pt")
+    from extras.pickled import Pickled
+    return Pickled(path)
 
 class Weights:
     """The tensors of a Hugging Face folder, by their names in the model."""
@@ -625,35 +672,28 @@ class Weights:
         self.folder, self.places = Path(folder), {}  # {name: (file, name there, shape)}
         wrappers = r"(_orig_mod|module|_\w+_wrapped_module|base_model\.model)\."
         for path in self.files():
-            for name, tensor in open_weights(path).items():
-                short = re.sub(wrappers, "", name).removeprefix("model.")
-                if short in self.places:
-                    raise UserError(f"{path}: {name} is in {self.places[short][0]}, too")
-                if "inv_freq" not in name:  # frequencies: old checkpoints hold them
-                    self.places[short] = path, name, tuple(tensor.shape)
+            with blame(path):
+                file = open_weights(path)
+                for name in file.keys():
+                    short = re.sub(wrappers, "", name).removeprefix("model.")
+                    if short in self.places:
+                        raise ValueError(f"{name} is in {self.places[short][0]}, too")
+                    if "inv_freq" not in name:  # frequencies: old checkpoints hold them
+                        self.places[short] = path, name, tuple(file.get_tensor(name).shape)
 
     def files(self):
-        """A single file, or those that an index names, or a whole set of parts."""
-        for stem, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-            single = self.folder / (stem + end)
-            index = read_json(f"{single}.index.json").get("weight_map", {})
-            parts = sorted(self.folder.glob(f"{stem}-*-of-*{end}"))
-            if single.exists():
-                return [single]
-            if index:
-                return [self.folder / name for name in sorted({*index.values()})]
-            if parts and len(parts) != int(parts[0].stem[-5:]):
-                raise UserError(f"{parts[0]}: there are {len(parts)} parts like it, not all")
-            if parts:
-                return parts
-        raise UserError(f"{self.folder}: has no model.safetensors or pytorch_model.bin")
+        single = self.folder / "model.safetensors"
+        index = read_json(f"{single}.index.json").get("weight_map", {})
+        names = {single.name} if single.exists() else {*index.values()}
+        if names:
+            return [self.folder / name for name in sorted(names)]
+        from extras.pickled import other_files  # .bin, or parts without an index
+        return other_files(self.folder)
 
     def __getitem__(self, name: str) -> Tensor:
         path, stored, _ = self.places[name]
-        if path.suffix == ".bin":
-            return open_weights(path)[stored]
-        with blame(path), safe_open(path, "pt") as file:  # anew: freed with the tensor
-            return file.get_tensor(stored)
+        with blame(path):
+            return open_weights(path).get_tensor(stored)  # anew: freed with the tensor
 
     def check(self, config: Config) -> Llama:
         """The config's model, empty; UserError unless these are just its weights.
@@ -788,40 +828,12 @@ def wholes(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 500,1000,2000")
     return list(map(int, text.split(",")))
 
-def flag(help, default=None, **more):
-    return field(default=default, metadata={"help": help, **more})
-
-@dataclass
-class Flags:
-    """What a command is asked to do."""
-
-    ckpt: str = flag("a Hugging Face folder or a .gguf file (the toy)", str(TOY))
-    scales: str = flag("a file of scales")
-    task: str = flag("lines, needle or FILE.jsonl", "lines")
-    mode: str = flag("a scale per head or per channel", "head", choices=METHOD)
-    extend: str = flag("none, ntk:4, yarn:4, linear:4 (as the scales, or none)")
-    template: str = flag("auto: the scales', or its own", "auto", choices=["auto", *TEMPLATES])
-    haystack: str = flag("a text file to hide needles in")
-    length: int = flag("tokens of a prompt, at most (default: all that fit)", type=int)
-    lengths: list = flag("A,B,C tokens (default: six)", type=wholes)
-    depths: list = flag("A,B,C percent", type=wholes)
-    samples: int = flag("prompts to learn from, or to write (50)", 50, type=int)
-    prompts: int = flag("prompts to ask, of each length (50)", 50, type=int)
-    epochs: int = flag("passes over the samples (1)", 1, type=int)
-    lr: float = flag("learning rate (default: the paper's)", type=float)
-    pull: float = flag("share of the way back to 1 after each step", 0.0, type=float)
-    offload: bool = flag("keep what training saves in host memory", False, action="store_true")
-    resume: bool = flag("go on where this run was interrupted", False, action="store_true")
-    compare: bool = flag("the base beside it", False, action="store_true")
-    prompt: str = flag("the text, or - for standard input")
-    max_new_tokens: int = flag("tokens of an answer, at most (100)", 100, type=int)
-    device: str = flag("auto, cpu, cuda, cuda:1, mps", "auto")
-    dtype: str = flag("auto: float32 on a CPU, else the files'", "auto",
-                      choices=["auto", "float32", "float16", "bfloat16"])
-    seed: int = flag("draws the prompts", 0, type=int)
-    json: str = flag("a file for the result")
-    plot: str = flag("a PNG for the result")
-    out: str = flag("where the result goes (train: scales.safetensors)")
+# What a command can be asked: each flag with its help, its default and its limits.
+ASKED = read_json(ASSETS / "flags.schema.json")
+FLAGS = ASKED["properties"]
+FLAGS["ckpt"]["argparse"]["default"] = str(TOY)
+defaults = {name: about["argparse"]["default"] for name, about in FLAGS.items()}
+Flags = make_dataclass("Flags", [(name, object, defaults[name]) for name in FLAGS])
 
 def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
     """What a command starts with. Facts: read with scales, or begun for new ones."""
@@ -854,34 +866,31 @@ def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
 def train_command(flags: Flags):
     out = check_place(flags.out or "scales.safetensors")
     model, tokenizer, facts = open_checkpoint(flags)
-    facts.task, facts.seed = Path(flags.task).name, flags.seed
-    facts.epochs, facts.pull = flags.epochs, flags.pull
-    facts.length = flags.length or longest_prompt(tokenizer)
-    facts.lr = flags.lr or paper_lr(flags.task, flags.mode, facts.layers)
-    samples = make_samples(flags.task, tokenizer, facts.length, flags.samples, "train",
-                           flags.seed, haystack=flags.haystack)
-    facts.samples, facts.trained_on = len(samples), ",".join(map(Sample.fingerprint, samples))
-    pairs = list(map(tokenizer.pair, samples))
+    lengths = flags.length or [longest_prompt(tokenizer)]
+    made = make_records(flags.task, tokenizer, lengths, flags.samples, "train", flags.seed,
+                        haystack=flags.haystack, questions=flags.questions)
+    records = [list(map(tokenizer.pair, record)) for record in made]
+    facts = replace(
+        facts, task=Path(flags.task).name, length=",".join(map(str, lengths)),
+        samples=len(records), questions=flags.questions, epochs=flags.epochs,
+        lr=flags.lr or paper_lr(flags.task, flags.mode, facts.layers), pull=flags.pull,
+        seed=flags.seed, trained_on=",".join(s.fingerprint() for s in sum(made, [])))
     model.reset_scales(flags.mode)
-
+    model.room = {"always": 0, "auto": 2**31, "never": math.inf}[flags.recompute]
     state, saved = Path(f"{out}.state"), None  # for --resume, until the run is over
-    run = digest(repr((facts, pairs)).encode())
+    run = digest(repr((facts, records)).encode())
     if flags.resume and state.exists():
-        with blame(state):
-            saved = torch.load(state, weights_only=True)
-            if saved["run"] != run:
-                raise ValueError("is of a run with other flags or other prompts")
-            model.set_scales(saved["scales"])
-    note(f"{METHOD[flags.mode]}: {len(samples)} prompts, lr {facts.lr:g}, resumed: {bool(saved)}")
-
+        from extras.resume import read_state
+        saved = read_state(state, run)
+        model.set_scales(saved["scales"])
+    note(f"{METHOD[flags.mode]}: {len(records)} records, lr {facts.lr:g}, resumed: {bool(saved)}")
     def after_step(losses, optimizer):
         save_scales(out, model.scales(), replace(facts, steps=len(losses), loss=losses[-1]))
         now = {"run": run, "losses": losses, "scales": model.scales()}
         with whole_file(state) as unfinished:
             torch.save(now | {"optimizer": optimizer.state_dict()}, unfinished)
-
     with torch.autograd.graph.save_on_cpu() if flags.offload else nullcontext():
-        losses = train(model, pairs, facts.lr, flags.epochs, flags.pull, saved, after_step)
+        losses = train(model, records, facts.lr, flags.epochs, flags.pull, saved, after_step)
     state.unlink(missing_ok=True)
     size = sum(map(Tensor.numel, model.scales()))
     print(f"{out}: {size:,} scales, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
@@ -895,8 +904,9 @@ def draw_cells(flags: Flags, tokenizer, trained_on: str) -> list[tuple]:
         lengths, depths = [max(lengths)], [None]  # a file's are as they are
     count, cells = math.ceil(flags.prompts / len(depths)), []
     for length, depth in product(lengths, depths):
-        samples = make_samples(flags.task, tokenizer, length, count, "eval", flags.seed,
-                               depth, flags.haystack, trained_on)
+        samples = make_samples(
+            flags.task, tokenizer, length, count, "eval", flags.seed, depth,
+            flags.haystack, trained_on, flags.questions)
         cells.append((length, depth, samples))
     return cells
 
@@ -915,12 +925,8 @@ def measure(flags: Flags):
             said = ask(model, tokenizer, samples, flags.max_new_tokens, f"{method} {length}")
             cells.append({"length": length, "depth": depth} | judge(samples, said))
         if flags.json:
-            report = {"ckpt": flags.ckpt, "scales": flags.scales, "task": flags.task}
-            report |= {"extend": facts.extend, "cells": results[method]}  # the last
-            report["seconds"] = round(time.monotonic() - start, 1)
-            if flags.compare:
-                report["base"] = results["base"]
-            write_json(flags.json, report)
+            from extras.report import write_report
+            write_report(flags, facts, results, start)
     return results
 
 def eval_command(flags: Flags):
@@ -935,16 +941,12 @@ def generate_command(flags: Flags):
     text = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     print(*ask(model, tokenizer, [Sample(text, answer="")], flags.max_new_tokens))
 
-MODEL = "ckpt template device dtype"
-TASK = f"{MODEL} extend task haystack seed"
-TRAIN = "mode length samples epochs lr pull offload resume out"
-EVAL = "scales compare lengths depths prompts max_new_tokens json plot"
-COMMANDS = {  # or their files; their flags; those of them that must be given
-    "demo": ("extras.demo", f"{MODEL} prompts samples seed out", ""),
-    "train": (train_command, f"{TASK} {TRAIN}", ""),
-    "eval": (eval_command, f"{TASK} {EVAL}", ""),
-    "generate": (generate_command, MODEL + " extend scales prompt max_new_tokens", "prompt"),
-    "fold": ("extras.folder", "ckpt scales out", "scales out"),
+COMMANDS = {  # or their files
+    "demo": "extras.demo",
+    "train": train_command,
+    "eval": eval_command,
+    "generate": generate_command,
+    "fold": "extras.folder",
 }
 
 class Parser(argparse.ArgumentParser):
@@ -952,29 +954,29 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)  # in one line
 
     def add_flags(self, names: str, required="") -> None:
-        """Fields of Flags, by name."""
-        for f in fields(Flags):
-            if f.name in names.split():
-                self.add_argument(
-                    "--" + f.name.replace("_", "-"), default=f.default,
-                    required=f.name in required.split(), **f.metadata)
+        """Flags by name."""
+        for reader in (wholes, int, float):
+            self.register("type", reader.__name__, reader)
+        for name in names.split():
+            more = FLAGS[name]["argparse"]
+            option, must = "--" + name.replace("_", "-"), name in required.split()
+            self.add_argument(option, required=must, **more)
 
 def main(arguments=None):
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, flags, required) in COMMANDS.items():
-        commands.add_parser(name).add_flags(flags, required)
+    commands = parser.add_subparsers(required=True)
+    for name, call in COMMANDS.items():
+        command = commands.add_parser(name)
+        command.add_flags(*ASKED["commands"][name])
+        command.set_defaults(call=call)
     flags = vars(parser.parse_args(arguments))
-    call, *_ = COMMANDS[flags.pop("command")]
+    call = flags.pop("call")
+    paths = [flags[name] for name in ASKED["paths"] if flags.get(name)]
     with blame("flags"):
-        check_json(flags, "flags.schema.json")
-    read = [flags.get(name) for name in ("ckpt", "scales", "task", "haystack")]
-    for name in ("json", "plot", "out"):
-        path = flags.get(name)
-        if path and path in read:
-            raise UserError(f"--{name} {path}: is read; give another name")
-        if path and name != "out":
-            check_place(path)  # before the work
+        check_json(flags | {"files": paths}, "flags.schema.json")
+    for name in ("json", "plot"):
+        if flags.get(name):
+            check_place(flags[name])  # before the work
     if isinstance(call, str):
         call = import_module(call).command
     call(Flags(**flags))
@@ -988,9 +990,7 @@ def exit_status(program: str, main, arguments=None) -> int:
     except KeyboardInterrupt:
         note(f"{program}: interrupted")
         return 130
-    except (
-        UserError, OSError, UnicodeError, SafetensorError, MemoryError, OutOfMemoryError
-    ) as error:
+    except (UserError, OSError, UnicodeError, MemoryError, OutOfMemoryError) as error:
         message = " ".join(f"{error}".split()) or type(error).__name__
         note(f"{program}: error: {message[:1000]}")
         return 2

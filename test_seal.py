@@ -206,7 +206,7 @@ def make_scales(
     scales = [scale.clone() for scale in scales]
     facts = seal.Facts(
         mode, config.num_hidden_layers, config.num_attention_heads, config.head_dim,
-        extend=extend, template=template, task="lines", length=100, lr=0.01)
+        extend=extend, template=template, task="lines", length="100", lr=0.01)
     seal.save_scales(path, scales, facts)
     return scales
 
@@ -299,6 +299,8 @@ def test_cached_generation_is_uncached_and_transformers_greedy(rope, sp_model, t
     assert prompt + answer == uncached == theirs[0].tolist()
     stop = answer[4]
     assert seal.generate(ours, prompt, 12, {stop}) == answer[: answer.index(stop)]
+    end = ours.config.context  # where it stops by itself
+    assert len(seal.generate(ours, some_tokens(end - 9), 5000)) == 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -348,7 +350,8 @@ def test_attention_is_the_papers_equation(groups, d, sp_model, tmp_path):
             rows.append(weights @ v[: t + 1, g])
         heads.append(s * torch.stack(rows))
     y = torch.cat(heads, 1) @ a.o_proj.weight.T
-    assert gap(a(x[None], (turn.real, turn.imag))[0], y) < 1e-4
+    _, mask = seal.arrange(0, T, [1])  # without branches
+    assert gap(a(x[None], (turn.real, turn.imag), mask)[0], y) < 1e-4
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -371,7 +374,7 @@ def test_loss_and_gradients_are_those_of_transformers_scaled_by_hooks(seed, sp_m
     for scales in (channels, heads):
         model.set_scales(scales)
         with torch.autograd.graph.save_on_cpu():
-            loss = seal.backward(model, (prompt, answer))
+            loss = seal.backward(model, [(prompt, answer)])
         assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
         found = torch.stack([s.grad for s in model.scales()]).view(2, H, -1)
         if scales is heads:  # a head's slope is the sum of its channels'
@@ -380,23 +383,148 @@ def test_loss_and_gradients_are_those_of_transformers_scaled_by_hooks(seed, sp_m
 
     step = 1e-3
     model.set_scales([s + step for s in heads])
-    moved = seal.answer_loss(model, prompt, answer) - loss
+    moved = seal.answer_loss(model, [(prompt, answer)]) - loss
     assert gap(moved / step, slopes.sum()) < 0.05 * largest * d
+
+
+def draw_record(count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts that begin alike, with their answers; the first one has nothing of its own."""
+    shared, record = some_tokens(40), []
+    for i in range(count):
+        question = some_tokens(5 * i % 7, seed=i + 1)
+        answer = some_tokens(1 + i % 3, seed=i + 20)
+        record.append((shared + question, answer))
+    return record
+
+
+def one_by_one(model, record) -> torch.Tensor:
+    """The loss of a record the slow way: each prompt is read whole, and alone."""
+    losses = []
+    for prompt, answer in record:
+        x = model(torch.tensor([prompt + answer]))
+        chances = model.logits(x[0]).softmax(1)
+        for i, token in enumerate(answer, len(prompt) - 1):
+            losses.append(-chances[i, token].log() / len(answer))
+    return sum(losses) / len(record)
+
+
+@pytest.mark.parametrize("room", [0, 2**40], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("count, spec, groups", [
+    (1, "ntk:4", 2), (2, "none", 4), (2, "ntk:4", 1), (7, "none", 1), (7, "ntk:4", 2),
+])
+def test_loss_and_gradient_of_branches_are_the_mean_over_single_prompts(
+    count, spec, groups, room, sp_model, tmp_path
+):
+    make(tmp_path, sp_model, num_key_value_heads=groups)
+    model, record = load(tmp_path, spec), draw_record(count)
+    model.set_scales(make_scales(tmp_path / "s", model.config, "channel"))
+    model.double()
+    expected = one_by_one(model, record)
+    slopes = torch.autograd.grad(expected, model.scales())
+    model.room = room
+    loss = seal.backward(model, record)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for scale, slope in zip(model.scales(), slopes, strict=True):
+        largest = slope.abs().max()
+        assert gap(scale.grad, slope) < 1e-6 * largest
+
+
+def picture(mask) -> list[str]:
+    """A row of 0 and 1 for each query."""
+    rows = []
+    for row in mask.int().tolist():
+        rows.append("".join(map(str, row)))
+    return rows
+
+
+def test_branches_go_on_where_the_record_ends_and_see_the_record_and_themselves():
+    positions, mask = seal.arrange(0, 6, [1, 2])
+    assert positions.tolist() == [0, 1, 2, 3, 3, 4]
+    assert picture(mask) == ["111100", "111010", "111011"]
+    positions, mask = seal.arrange(4, 2, [1])  # all that follows a cache is one branch
+    assert positions.tolist() == [4, 5]
+    assert picture(mask) == ["111110", "111111"]
+
+
+@pytest.mark.parametrize("rope", ROPES[:4], ids=["default", "llama3", "yarn", "linear"])
+def test_a_branch_is_read_as_by_transformers_alone_whatever_the_others_are(
+    rope, sp_model, tmp_path
+):
+    make(tmp_path, sp_model, rope_parameters=rope)
+    ours, theirs, record = load(tmp_path), reference(tmp_path), some_tokens(30)
+    branches = [some_tokens(n, seed=n) for n in (5, 1, 8)]
+
+    @torch.no_grad()
+    def read():
+        """Logits of the record and of each branch."""
+        x = ours(torch.tensor([sum(branches, record)]), [5, 1, 8])
+        return ours.logits(x[0]).split([30, 5, 1, 8])
+
+    first, *rest = before = read()
+    for branch, found in zip(branches, rest, strict=True):
+        expected = logits(theirs, record + branch)
+        assert gap(torch.cat((first, found)), expected) < 1e-4
+    branches[2] = some_tokens(8, seed=99)
+    gaps = list(map(gap, read(), before))
+    assert max(gaps[:3]) < 1e-6
+    assert gaps[3] > 0.1
+
+
+@pytest.mark.parametrize("branches", [[1], [20, 30]])
+def test_layers_are_recomputed_where_they_would_keep_more_than_there_is_room_for(branches):
+    torch.manual_seed(0)
+    model = seal.Llama(seal.Config(600, 128, 344, 2, 4, 4, 32))  # a 7B's shape, smaller
+    model.reset_scales("channel")
+    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept(room) -> int:
+        """Bytes that the model keeps for the way back, its weights not counted."""
+        sizes = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in frozen:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        model.room = room
+        with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            model(torch.tensor([some_tokens(200)]), branches)
+        return sum(sizes.values())
+
+    most = kept(2**40)
+    assert kept(1.2 * most) == most
+    assert kept(0.8 * most) < most / 5
+
+
+def test_layers_run_once_or_twice_a_step_as_told(plain, tmp_path, cli, monkeypatch):
+    forward, runs = seal.Block.forward, Counter()
+
+    def counted(*args):
+        runs[told] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(seal.Block, "forward", counted)
+    line = f"train --ckpt {plain} --samples 3 --length 200 --out {tmp_path}/s --recompute "
+    for told in ("auto", "always", "never"):
+        assert cli(*(line + told).split())[0] == 0
+    assert runs == {"auto": 3 * 2, "always": 3 * 2 * 2, "never": 3 * 2}
 
 
 @pytest.mark.parametrize("mode", seal.METHOD)
 def test_training_lowers_the_loss_moves_scales_alone_and_pull_leads_to_1(mode, model, tokenizer):
-    samples = seal.make_samples("lines", tokenizer, 208, 4, "train")
-    pairs = [tokenizer.pair(s) for s in samples]
+    records = []
+    for sample in seal.make_samples("lines", tokenizer, 208, 4, "train"):
+        records.append([tokenizer.pair(sample)])
     model.reset_scales(mode)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = seal.train(model, pairs, lr=0.05, epochs=4)
+    losses = seal.train(model, records, lr=0.05, epochs=4)
     assert len(losses) == 16
     assert sum(losses[12:]) < sum(losses[:4]) - 0.1
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != name.endswith("scale")
     model.set_scales([torch.full_like(s, 3.0) for s in model.scales()])
-    seal.train(model, pairs[:1], lr=0.01, pull=0.25)  # Adam's first step is lr; nothing decays
+    seal.train(model, records[:1], lr=0.01, pull=0.25)  # Adam's first step is lr; nothing decays
     for s in model.scales():
         assert gap((s - 2.5).abs(), torch.tensor(0.0075)) < 1e-4
 
@@ -422,7 +550,8 @@ def names_in(folder: Path) -> list[str]:
 def test_an_interrupted_run_leaves_scales_and_resumes_bit_for_bit(
     mode, size, plain, tmp_path, cli, monkeypatch
 ):
-    flags = "--extend ntk:2 --length 208 --samples 4 --lr 0.05 --epochs 2 --mode".split()
+    flags = "--extend ntk:2 --length 208,190 --questions 2 --samples 4 --lr 0.05".split()
+    flags += ["--epochs", "2", "--mode"]
     calls, backward = [], seal.backward
 
     def train(name, *more):
@@ -455,7 +584,8 @@ def test_an_interrupted_run_leaves_scales_and_resumes_bit_for_bit(
         assert all(map(torch.equal, a, scales)) == same
         assert (again == about) == same
     assert (about.mode, about.extend, about.lr) == (mode, "ntk:2", 0.05)
-    assert (about.head_size, about.steps, about.length) == (16, 8, 208)
+    assert (about.head_size, about.steps, about.length) == (16, 8, "208,190")
+    assert (about.samples, about.questions, about.trained_on.count(",")) == (4, 2, 7)
     sizes = {name: len(tensor) for name, tensor in load_file(tmp_path / "a").items()}
     assert sizes == {"layers.0.scale": size, "layers.1.scale": size}
 
@@ -565,21 +695,66 @@ def test_a_record_is_worded_as_in_longevals_own_files():
     assert re.search(f"^line .*: REGISTER_CONTENT is <{sample.expected}>$", sample.prompt, re.M)
 
 
+def take_apart(record: list[Sample]) -> tuple[dict[str, int], list[int]]:
+    """Numbers of its lines by their keys, and the places of those that are asked for."""
+    places, texts = [], set()
+    for sample in record:
+        text, question = sample.prompt.split("\nNow the record is over.")
+        texts.add(text)
+        found = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", text, re.M)
+        lines = {key: int(number) for key, number in found}
+        assert len(lines) == len(found)
+        asked = re.search(r"in line (.+)\? I need", question)[1]
+        places.append(list(lines).index(asked))
+        assert sample.expected == lines[asked]
+        assert sample.score(sample.answer) == 1
+    assert len(texts) == 1
+    return lines, places
+
+
 def test_lines_fill_the_budget_with_unique_keys_uniform_numbers_and_a_uniform_question():
     places, tenths = Counter(), Counter()
     length = len(form(CASE).split()) + 5 * 10 + 4
     for sample in seal.make_samples("lines", Words(), length, 600, "train"):
-        lines = re.findall(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", sample.prompt, re.M)
-        record = dict(lines)
-        assert len(record) == len(lines) == 10  # one more would not have fitted
-        asked = re.search(r"in line (.+)\? I need", sample.prompt)[1]
-        places[list(record).index(asked)] += 1
-        tenths.update((int(number) - 1) // 5000 for number in record.values())
-        assert sample.expected == int(record[asked])
-        assert sample.score(sample.answer) == 1
+        lines, asked = take_apart([sample])
+        assert len(lines) == 10  # one more would not have fitted
+        places.update(asked)
+        tenths.update((number - 1) // 5000 for number in lines.values())
     for counts, n in ((places, 60), (tenths, 600)):  # chi-square, 9 degrees: 1 in 1000
         assert counts.keys() == set(range(10))
         assert sum((count - n) ** 2 / n for count in counts.values()) < 27.9
+
+
+@pytest.mark.parametrize("depth", [None, 0, 50, 100])
+def test_questions_of_a_record_ask_for_lines_far_apart_the_first_as_ever(depth, plain):
+    tokenizer, lengths = open_tokenizer(plain), range(561, 601, 2)
+    tokenizer.context = 800
+    draw = ["lines", tokenizer, lengths, 20, "train", 0, depth]
+    singles = seal.make_records(*draw)
+    records = seal.make_records(*draw, questions=3)
+    same = 0
+    for single, record, length in zip(singles, records, lengths, strict=True):
+        lines, places = take_apart(record)
+        before, _ = take_apart(single)
+        first, second, third = sorted(places)
+        assert min(second - first, third - second) >= len(lines) // 3
+        for sample in record:
+            assert len(tokenizer.prompt(sample.prompt)) <= length
+        if len(lines) == len(before):
+            assert record[0] == single[0]
+            same += 1
+    assert same > 10  # with a longer key to ask for, a line fewer may fit
+    (record,) = seal.make_records("lines", tokenizer, [600], 1, "eval", questions=99)
+    lines, places = take_apart(record)
+    assert sorted(places) == list(range(len(lines)))
+
+
+def test_records_have_the_lengths_in_turn():
+    records = seal.make_records("lines", Words(), [150, 300, 200], 4, "train", questions=2)
+    rest = len(form(CASE).split())  # what is no line
+    for record, length in zip(records, [150, 300, 200, 150], strict=True):
+        lines, _ = take_apart(record)
+        assert len(lines) == (length - rest) // 5
 
 
 @pytest.mark.parametrize("text", [LATIN, CHINESE], ids=["latin", "chinese"])
@@ -638,13 +813,11 @@ def task_file(folder: Path, *rows) -> Path:
     (7, "", 0),
     (169, "It is 24,169.", 1),  # as LongEval counts
     (24169, "It is 24,169.", 0),
-    (["one", "Two", "3"], "two, then 3", 2 / 3),
-    (["one"], "ONE and more", 1),
     (None, "The door: blue!", 1),
     (None, "a blue sky", 1 / 3),
     (None, "", 0),
 ])
-def test_own_tasks_are_judged_by_a_number_by_shares_or_by_words(expected, text, score):
+def test_a_text_is_judged_by_its_last_number_or_by_its_words(expected, text, score):
     sample = Sample("", "the blue door", expected)
     assert sample.score(text) == pytest.approx(score)
 
@@ -672,16 +845,15 @@ def test_eval_answers_judges_and_averages_and_writes_a_table_and_json(
     said = iter(["", seal.TEST_NEEDLE[1]] * 4)  # the second has twelve of the needle's 21 words
     asked = []
 
-    def generate(model, prompt, max_new_tokens, stop):
+    def generate(model, *_):
         asked.append(bool((model.scales()[0] == 1).all()))
-        assert len(prompt) + max_new_tokens <= 512  # it never writes past the context
 
     monkeypatch.setattr(seal, "generate", generate)
     monkeypatch.setattr(seal.Tokenizer, "decode", lambda *_: next(said))
     status, table, _ = cli(
         "eval", "--ckpt", plain, "--scales", tmp_path / "s", "--compare", "--task", "needle",
         "--haystack", essay, "--lengths", 440, "--depths", "0,100", "--prompts", 4,
-        "--max-new-tokens", 5000, "--json", tmp_path / "r.json")
+        "--json", tmp_path / "r.json")
     assert status == 0
     assert "base" in table and "SEAL-H" in table
     assert len(table.splitlines()) == 4
@@ -691,6 +863,50 @@ def test_eval_answers_judges_and_averages_and_writes_a_table_and_json(
     assert report["cells"][1] == report["base"][1] == cell
     assert report["extend"] == "ntk:2"
     assert asked == [True, True, False, False] * 2  # the base, then the scales
+
+
+def test_eval_counts_questions(plain, tmp_path, cli):
+    line = f"eval --ckpt {plain} --extend ntk:2 --questions 3 --lengths 220,240 --prompts 2"
+    line += f" --max-new-tokens 2 --json {tmp_path}/r.json"
+    assert cli(*line.split())[0] == 0
+    for cell in seal.read_json(tmp_path / "r.json")["cells"]:
+        assert cell["prompts"] == 6
+
+
+def watch(model) -> list[int]:
+    """How many tokens the model is given, call by call, from now on."""
+    given = []
+    model.register_forward_pre_hook(lambda _, args: given.append(args[0].shape[1]))
+    return given
+
+
+def test_a_record_is_read_once_and_answered_as_if_read_for_each_question(model, tokenizer):
+    samples = seal.make_samples("lines", tokenizer, 240, 3, "eval", questions=3)
+    samples.append(samples[-1])
+    expected = []
+    for sample in samples:
+        prompt = tokenizer.prompt(sample.prompt)
+        expected.append(tokenizer.decode(seal.generate(model, prompt, 12, tokenizer.stop)))
+    assert len(set(expected)) > 5
+    given = watch(model)
+    assert seal.ask(model, tokenizer, samples, 12) == expected
+    assert sum(tokens > 200 for tokens in given) == 3
+    assert sum(tokens > 25 for tokens in given) == 3
+    assert seal.ask(model, tokenizer, samples[::-2], 12) == expected[::-2]
+    seal.ask(model, tokenizer, samples[:1], 10**9)  # takes no memory beyond the context
+
+
+def test_a_prompt_that_shares_little_with_the_one_before_is_read_from_its_beginning(
+    model, tokenizer
+):
+    # The second shares 24 of its 40 words with the first, the third 36 with the second.
+    endings = ["kid " * 16, "otter " * 16, "otter " * 12 + "slow " * 4]
+    samples = [Sample("river " * 24 + ending, "") for ending in endings]
+    given = watch(model)
+    seal.ask(model, tokenizer, samples, 1)
+    for sample, tokens in zip(samples[:2], given):
+        assert tokens == len(tokenizer.prompt(sample.prompt))
+    assert 4 <= given[2] < given[1] / 4
 
 
 def run_python(*arguments, **more) -> tuple[str, str]:
@@ -782,14 +998,18 @@ FOLD = "fold --ckpt model --scales learned --out new"
 FILE, HAY = TRAIN + " --task t.jsonl", TRAIN + " --task needle --haystack essay.txt"
 SAY = "generate --ckpt model --max-new-tokens 2 --prompt "
 LINES = {  # a command line, and what its answer names
-    "": "command",
+    "": "required.*train",
     "tarin": "tarin",
     TRAIN + " --lenght 9": "lenght",
     TRAIN + " --length x": "length.*x",
     TRAIN + " --length 12": "12",
     TRAIN + " --length 0": "length.*0",
-    TRAIN + " --length 257": "257|context",
+    TRAIN + " --samples 2 --length 208,257": "257|context",
     TRAIN + " --length 256": "answer",  # has no room
+    TRAIN + " --questions 0": "questions.*0",
+    TRAIN + " --recompute often": "recompute.*often",
+    EVAL + " --questions 2 --task needle --haystack essay.txt": "questions.*2",
+    EVAL + " --questions 2 --depths 50": "questions.*2",
     TRAIN + " --samples 0": "samples.*0",
     TRAIN + " --epochs 0": "epochs.*0",
     TRAIN + " --mode layer": "layer",
@@ -822,8 +1042,8 @@ LINES = {  # a command line, and what its answer names
     EVAL + " --json model": "model",
     EVAL + " --plot no/new": "no/new",
     EVAL + " --compare": "scales",
-    SCALED + " --json learned": "json learned: is read",
-    FILE + " --out t.jsonl": "out t.jsonl: is read",
+    SCALED + " --json learned": "learned.*learned",
+    FILE + " --out t.jsonl": "t.jsonl.*t.jsonl",
     SAY + "a --dtype float16 --ckpt huge": "dtype",  # its numbers are too large for it
     EVAL + " --scales no": "no",
     SCALED + " --extend none": "extend.*none",

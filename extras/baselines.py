@@ -8,9 +8,10 @@ rate of 2e-4. A 7B then learns 4.2M numbers (LoRA: W + B A, with B A of rank 4) 
 (DoRA: the same, and the length of each row of the sum), where SEAL-H learns 1,024.
 
 The adapters are the peft package's, on transformers' model; prompts, loss and loop are
-seal.py's. The result is an ordinary folder, the adapters merged into its weights, that
-every command takes as --ckpt. Prompts it was trained on are drawn with the split
-"train", which no evaluation draws; a JSONL file of yours has to be split by you.
+seal.py's, and with --questions a record is read once here, too. The result is an ordinary
+folder, the adapters merged into its weights, that every command takes as --ckpt. Prompts
+it was trained on are drawn with the split "train", which no evaluation draws; a JSONL
+file of yours has to be split by you.
 
 The paper names no alpha; here it is the rank, so that LoRA's factor alpha / r is 1. On
 the toy, at the end of its context, 32,768 numbers of LoRA answer 133 of 200 prompts and
@@ -29,7 +30,7 @@ from extras.folder import check_free, full_name, new_folder, write_folder
 
 METHOD = {"lora": "SEAL-L", "dora": "SEAL-D"}
 RANK, LR = 4, 2e-4
-FLAGS = "ckpt template task haystack length samples epochs lr device dtype seed out"
+FLAGS = "ckpt template task haystack length samples questions epochs lr device dtype seed out"
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -62,9 +63,16 @@ class Adapted(nn.Module):
     def scales(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, branches=(1,)) -> Tensor:
         """tokens (B, T) -> what the output matrix reads, (B, T, D)"""
-        return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        more, T = {}, tokens.shape[1]
+        if len(branches) > 1:  # one is plain causal attention, which is faster without a mask
+            positions, mask = seal.arrange(0, T, branches)  # (T,), (R, T)
+            seen = torch.ones(T, T, dtype=torch.bool).tril()
+            seen[T - len(mask) :] = mask
+            more["position_ids"] = positions[None].to(tokens.device)
+            more["attention_mask"] = seen[None, None].to(tokens.device)
+        return self.body(input_ids=tokens, use_cache=False, **more).last_hidden_state
 
     def logits(self, x: Tensor) -> Tensor:
         return self.lm_head(x).float()
@@ -103,16 +111,16 @@ def train(flags: seal.Flags, method: str) -> None:
         raise seal.UserError(f"{flags.ckpt}: must be a folder (python -m extras.convert)")
     out = check_free(flags.out or f"{Path(flags.ckpt).resolve().name}-{method}")
     opened, tokenizer, _ = seal.open_checkpoint(flags)  # says if anything is wrong
-    like, length = opened.norm.weight, flags.length or seal.longest_prompt(opened.config)
+    like, lengths = opened.norm.weight, flags.length or [seal.longest_prompt(opened.config)]
     del opened
-    samples = seal.make_samples(
-        flags.task, tokenizer, length, flags.samples, "train", flags.seed,
-        haystack=flags.haystack)
-    pairs = [tokenizer.pair(sample) for sample in samples]
+    records = seal.make_records(
+        flags.task, tokenizer, lengths, flags.samples, "train", flags.seed,
+        haystack=flags.haystack, questions=flags.questions)
+    records = [list(map(tokenizer.pair, record)) for record in records]
     model = Adapted(flags, like, method)
     size = sum(p.numel() for p in model.scales())
-    seal.note(f"{METHOD[method]}: {size:,} numbers, {len(pairs)} prompts")
-    losses = seal.train(model, pairs, flags.lr or LR, flags.epochs)
+    seal.note(f"{METHOD[method]}: {size:,} numbers, {len(records)} records")
+    losses = seal.train(model, records, flags.lr or LR, flags.epochs)
     with new_folder(out) as folder:
         write_folder(folder, flags.ckpt, merged_weights(flags.ckpt, model.adapters()), {})
     print(f"{out}: {METHOD[method]}, {size:,} numbers merged, "

@@ -108,11 +108,11 @@ def main(arguments=None) -> None:
     if flags.plot:
         seal.check_place(flags.plot)  # before the work
     model, tokenizer, facts = seal.open_checkpoint(flags)
-    scales, length = model.scales(), flags.length or seal.longest_prompt(model.config)
-    samples = seal.make_samples(
-        flags.task, tokenizer, length, flags.prompts, "heads", flags.seed,
+    scales, lengths = model.scales(), flags.length or [seal.longest_prompt(model.config)]
+    records = seal.make_records(
+        flags.task, tokenizer, lengths, flags.prompts, "heads", flags.seed,
         haystack=flags.haystack, trained_on=facts.trained_on)
-    sample, tokens, targets = find_repaired(model, tokenizer, samples, scales)
+    sample, tokens, targets = find_repaired(model, tokenizer, sum(records, []), scales)
     stages = {}
     model.reset_scales("head")
     stages["base"] = direct_effects(model, tokens, targets)  # (L, H + 1, 2)

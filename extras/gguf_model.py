@@ -8,7 +8,8 @@ device where it is used, and once more on the way back; nothing dequantised outl
 block. Of the embedding only the prompt's rows are dequantised, and the output matrix
 works for the answer's tokens alone, in pieces unless the model is small. So training
 needs the memory of the file and of one block, not of the model. Only a small model is
-dequantised whole, and only while it answers: there it is used for every token.
+dequantised whole: while it answers, as there it is used for every token, and where a
+step's layers are not computed twice (--recompute), as each of them keeps its matrices.
 
 Config, tokenizer and templates are what extras.convert makes of the metadata, in a folder
 that is gone when the program ends. A table of rotary frequencies (rope_freqs.weight) is
@@ -43,7 +44,7 @@ from extras.gguf_folder import read_config, read_tokenizer
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 2**20  # weights that are dequantised at a time
-SMALL = 2**29  # weights of a model that is dequantised whole while it answers
+SMALL = 2**29  # weights of a model that may be dequantised whole
 
 
 def dequantize(data: Tensor, kind: GGMLQuantizationType, dtype: torch.dtype) -> Tensor:
@@ -145,13 +146,17 @@ def halves(count: int, d: int) -> Tensor:
     return torch.arange(count).view(-1, d // 2, 2).transpose(1, 2).flatten()
 
 
+def is_small(file: File) -> bool:
+    return sum(math.prod(t.shape) for t in file.tensors.values()) < SMALL
+
+
 def load_packed(file: File, folder, config: seal.Config, device="cpu", dtype=None):
     """seal.load_model for a GGUF file. dtype None: float32 on a CPU, else bfloat16."""
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     with seal.blame(file.path):
         model = Planned(file.path, plan(file)).check(config)
-    small = sum(math.prod(t.shape) for t in file.tensors.values()) < SMALL
+    small = is_small(file)
     if not small:
         give_memory_back()
     # Matrices first: then a bias has its layer.
@@ -243,5 +248,9 @@ def open_gguf(flags: seal.Flags):
         raise seal.UserError(what) from error
     finally:
         seal.load_model = plain
+    if flags.recompute == "auto" and not is_small(file):
+        # Layers that keep what they need on the way back keep all matrices dequantised,
+        # which is more than the activations that "auto" counts.
+        flags.recompute = "always"
     facts.checkpoint = file.path.name
     return model, tokenizer, facts

@@ -88,7 +88,7 @@ def gains_by_gradient(model: seal.Llama, pairs, sites: Sites) -> dict:
     """The gain in loss of each site, to first order: L(0) - L(1) is about -dL/ds."""
     slopes = [torch.zeros_like(s) for s in model.scales()]
     for pair in tqdm(pairs, desc="gradients", unit="prompt"):
-        loss = seal.answer_loss(model, *pair)
+        loss = seal.answer_loss(model, [pair])
         grads = torch.autograd.grad(loss, model.scales())
         for slope, grad in zip(slopes, grads):
             slope += grad / len(pairs)

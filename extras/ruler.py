@@ -281,12 +281,12 @@ def make_prompts(task: str, tokenizer, length: int, count: int, seed=0, haystack
 def main(arguments=None) -> None:
     parser = seal.Parser("extras.ruler", description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, choices=ROOM)
-    parser.add_flags("ckpt template length samples seed haystack out")
+    parser.add_argument("--length", type=int, help="tokens of a prompt and its answer")
+    parser.add_flags("ckpt template samples seed haystack out")
     args = parser.parse_args(arguments)
     folder = folder_of(args.ckpt)
-    config = seal.read_config(folder)
-    tokenizer = seal.Tokenizer(folder, config, args.template)
-    length = args.length or seal.longest_prompt(config)
+    tokenizer = seal.Tokenizer(folder, seal.read_config(folder), args.template)
+    length = args.length or seal.longest_prompt(tokenizer)
     out = args.out or f"{args.task}-{length}-seed{args.seed}.jsonl"
     flags = args.task, tokenizer, length, args.samples, args.seed, args.haystack
     with seal.whole_file(out) as path, open(path, "w", encoding="utf-8") as file:

@@ -12,7 +12,8 @@ al.'s (2024, arXiv 2401.01325). --extend self:G,W is groups of G tokens and a wi
     W back or more                the key's is j // G, the query's i // G + W - W // G
 
 so that G far keys share a position and no distance is new to the model. One softmax runs
-over both kinds. A context of C tokens reaches (C - W) * G + W.
+over both kinds. A context of C tokens reaches (C - W) * G + W. With --questions each of
+them goes on at the positions behind the record, as in seal.py.
 
 It is no table of frequencies but another attention: extend() below replaces seal.extend,
 and puts SelfExtend in the place of seal.attend. Neither weights nor a GGUF file's
@@ -54,6 +55,14 @@ def extend(config: seal.Config, spec: str) -> seal.Config:
     return replace(config, context=(context - window) * group + window)
 
 
+def columns(shown: Tensor) -> slice:
+    """From the first to the last column of a (rows, columns) that shows anything."""
+    found = shown.any(0).nonzero().flatten().tolist()
+    if not found:
+        return slice(0)
+    return slice(found[0], found[-1] + 1)
+
+
 class SelfExtend:
     """What seal.attend does, with far keys at their group's position."""
 
@@ -61,24 +70,30 @@ class SelfExtend:
         self.group, self.window = group, window
         self.frequencies, _ = seal.rope_frequencies(config)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). T = S or T = 1."""
-        T, S = q.shape[2], k.shape[2]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q (B, H, T, d), k and v (B, G, S, d), mask (R, S) -> (B, H, T, d)."""
+        T, S, R = q.shape[2], k.shape[2], len(mask)
+        P = T - R  # queries before the branches
         group, window = self.group, self.window
         sharing = q.shape[1] // k.shape[1]  # query heads of a key-value head
         k = k.repeat_interleave(sharing, dim=1)
         v = v.repeat_interleave(sharing, dim=1)
-        i = torch.arange(S - T, S, device=q.device)  # positions of the queries
-        j = torch.arange(S, device=q.device)         # and of the keys
+        # A token sees what stands before it, and itself: its position + 1 tokens.
+        shared = torch.arange(S - R, device=q.device)
+        own = mask.sum(1) - 1
+        j = torch.cat((shared, own))  # positions of the keys (S,)
+        i = j[S - T :]                # and of the queries (T,)
         far_q = self.move(q, i, i // group + window - window // group)
         far_k = self.move(k, j, j // group)
         parts = []
         for at in range(0, T, CHUNK):
-            near_rows = q[:, :, at : at + CHUNK]
-            far_rows = far_q[:, :, at : at + CHUNK]
+            rows = slice(at, at + CHUNK)
+            first, end = max(0, at - P), max(0, at - P + CHUNK)
+            near_rows = q[:, :, rows]
+            far_rows = far_q[:, :, rows]
             # Computed again on the way back, or the weights of all would be kept.
             parts.append(recompute(
-                self.chunk, S - T + at, near_rows, far_rows, k, far_k, v,
+                self.chunk, i[rows], j, mask[first:end], near_rows, far_rows, k, far_k, v,
                 use_reentrant=False, preserve_rng_state=False,
             ))
         return torch.cat(parts, dim=2)
@@ -89,26 +104,28 @@ class SelfExtend:
         cos, sin = angles.cos(), angles.sin()
         return seal.rotate(x, (cos.to(x.dtype), sin.to(x.dtype)))
 
-    def chunk(self, first: int, q, far_q, k, far_k, v) -> Tensor:
-        """Attention of C queries (B, H, C, d), which stand at first, first + 1, ..."""
-        end, window = first + q.shape[2], self.window
-        far_end = max(0, end - window)           # from here on no key is far for any of them
-        near_start = max(0, first - window + 1)  # before here none is near
-        queries = torch.arange(first, end, device=q.device)
-        keys = torch.arange(end, device=q.device)
-        back = queries[:, None] - keys  # (C, end)
-        far = back >= window
-        near = (back >= 0) & (back < window)
-        shown = torch.cat((far[:, :far_end], near[:, near_start:]), dim=-1)
+    def chunk(self, i: Tensor, j: Tensor, mask, q, far_q, k, far_k, v) -> Tensor:
+        """Attention of C queries (B, H, C, d) at positions i (C,) to keys at j (S,).
 
-        far_scores = far_q @ far_k[:, :, :far_end].mT   # (B, H, C, far keys)
-        near_scores = q @ k[:, :, near_start:end].mT    # (B, H, C, near keys)
+        mask: what those of them that are of branches see, the last ones.
+        """
+        back = i[:, None] - j  # (C, S)
+        seen = back >= 0
+        seen[len(i) - len(mask) :] = mask
+        far = seen & (back >= self.window)
+        near = seen & (back < self.window)
+        # The columns of all other keys need not be computed.
+        there, here = columns(far), columns(near)
+        shown = torch.cat((far[:, there], near[:, here]), dim=-1)
+
+        far_scores = far_q @ far_k[:, :, there].mT  # (B, H, C, far keys)
+        near_scores = q @ k[:, :, here].mT          # (B, H, C, near keys)
         scores = torch.cat((far_scores, near_scores), dim=-1)
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = scores.to(wide) / q.shape[-1] ** 0.5
         scores = scores.masked_fill(~shown, -torch.inf)
         weights = scores.softmax(dim=-1)
-        values = torch.cat((v[:, :, :far_end], v[:, :, near_start:end]), dim=2)
+        values = torch.cat((v[:, :, there], v[:, :, here]), dim=2)
         return weights.to(v.dtype) @ values
 
 

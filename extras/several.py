@@ -5,13 +5,14 @@
 
 The flags are `seal.py train`'s, and two more:
 
-    --batch N   prompts of a step, shared out (default: one for each process)
+    --batch N   records of a step, shared out (default: one for each process)
     --shard     each process holds only its part of the blocks' weights (torch's FSDP2)
 
 The paper trains on one GPU, a prompt a step (appendix A). Here a step is the mean over a
-batch, so as many prompts make fewer steps: think of --epochs. Each process takes its
-share of the batch, gradients are summed, and all make the same step. Only the first
-process writes and speaks.
+batch of records, so as many records make fewer steps: think of --epochs. A record, which
+may be asked several --questions, is read by one process. Each takes its share of the
+batch, gradients are summed, and all make the same step. Only the first process writes and
+speaks.
 
 With --shard a block's weights are gathered when it is needed and dropped after it, on
 the way forward and on the way back. Gathering does not run ahead: it is small beside the
@@ -19,7 +20,7 @@ work, as a block serves thousands of tokens at once. Scales, norms, biases, the 
 and the output matrix are whole everywhere.
 
 Two processes on a CPU (gloo), whole or sharded, learn what one learns with the same
-batch: the largest difference of a scale was 0.0 (the toy, 7 prompts, --batch 4). Several
+batch: the largest difference of a scale was 0.0 (the toy, 7 records, --batch 4). Several
 GPUs have not been tried.
 """
 
@@ -42,7 +43,7 @@ plain_train = seal.train
 
 
 def own_share(batch: list) -> list[tuple]:
-    """The pairs of a batch that this process computes, with their weights in the mean.
+    """The records of a batch that this process computes, with their weights in the mean.
 
     All take equally many, as a sharded model needs every process in every pass: one
     that has none left repeats another's, with weight 0.
@@ -63,19 +64,19 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
 
 
 def backward(model, batch: list) -> torch.Tensor:
-    """seal.backward for a batch of pairs: its mean loss, its gradient in all processes."""
+    """seal.backward for a batch of records: its mean loss, its gradient in all processes."""
     scales = model.scales()
     loss = scales[0].new_zeros(())
-    for pair, weight in own_share(batch):
-        part = weight * seal.answer_loss(model, *pair)
+    for record, weight in own_share(batch):
+        part = weight * seal.answer_loss(model, record)
         part.backward()
         loss += part.detach()
     sum_over_processes([loss, *(scale.grad for scale in scales)])
     return loss
 
 
-def train(model, pairs, lr, epochs, pull, saved, after_step, batch=1):
-    """seal.train, a batch of pairs for each of its steps; the first process stores them."""
+def train(model, records, lr, epochs, pull, saved, after_step, batch=1):
+    """seal.train, a batch of records for each of its steps; the first process stores them."""
     done = 0
     if saved:
         done = len(saved["losses"])
@@ -92,7 +93,7 @@ def train(model, pairs, lr, epochs, pull, saved, after_step, batch=1):
             optimizer.param_groups[0]["batch"] = batch  # what --resume is to find again
             after_step(losses, optimizer)
 
-    batches = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+    batches = [records[i : i + batch] for i in range(0, len(records), batch)]
     losses = plain_train(model, batches, lr, epochs, pull, saved, store)
     dist.barrier()  # what the first one writes is there when the others go on
     return losses
@@ -163,7 +164,7 @@ def main(arguments=None) -> None:
         description=__doc__.splitlines()[0],
     )
     parser.add_flags("ckpt")
-    parser.add_argument("--batch", type=int, help="prompts a step (default: one each)")
+    parser.add_argument("--batch", type=int, help="records a step (default: one each)")
     parser.add_argument("--shard", action="store_true", help="weights in parts")
     args, rest = parser.parse_known_args(arguments)
     store = join()

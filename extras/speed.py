@@ -26,6 +26,7 @@ Unattended on a GPU (13.5 GB of disk for the random 7B, in --tmp):
         --dtype bfloat16 --offload --pairs 1 --tmp /tmp --json extras/speed.json
 """
 
+import math
 import multiprocessing
 import re
 import statistics
@@ -65,7 +66,7 @@ class Seal:
         """Forward and backward: the loss, and the gradient of every scale."""
         self.model.reset_scales("channel")
         with self.keep():
-            loss = seal.backward(self.model, (prompt, answer))
+            loss = seal.backward(self.model, [(prompt, answer)])
         return loss.item(), [scale.grad for scale in self.model.scales()]
 
     def answer(self, prompt, count):
@@ -188,9 +189,9 @@ def operations(config: seal.Config, length: int) -> tuple[float, float]:
     with torch.device("meta"):  # shapes without memory
         model = seal.Llama(config)
     model.reset_scales("channel")
-    no_cache = [None] * config.num_hidden_layers  # so nothing is computed twice
+    model.room = math.inf  # so nothing is computed twice
     with FlopCounterMode(display=False) as counter:
-        x = model(torch.zeros(1, length, dtype=torch.long, device="meta"), no_cache)
+        x = model(torch.zeros(1, length, dtype=torch.long, device="meta"))
         model.logits(x[0, -ANSWER:]).sum().backward()
     attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] / 2
     total = counter.get_total_flops() - attention

@@ -38,6 +38,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +51,6 @@ from extras.gguf_file import File
 LENGTHS = 700, 2000  # tokens
 TURNS = 4  # the first warms up
 MEMORY = {"VmRSS": "GB", "RssAnon": "GB anonymous"}  # in /proc, and here
-
 opened = {}  # a process's model
 
 
@@ -64,9 +64,9 @@ def load(ckpt) -> None:
     opened["model"], *_ = seal.open_checkpoint(seal.Flags(ckpt=str(ckpt)))
 
 
-def random_pair(length: int, vocabulary: int) -> tuple[list[int], list[int]]:
+def random_record(length: int, vocabulary: int) -> list[tuple]:
     ids = torch.randint(vocabulary, (length,), generator=torch.manual_seed(1)).tolist()
-    return ids[: -speed.ANSWER], ids[-speed.ANSWER :]
+    return [(ids[: -speed.ANSWER], ids[-speed.ANSWER :])]
 
 
 def step(length: int) -> dict:
@@ -74,7 +74,7 @@ def step(length: int) -> dict:
     model = opened["model"]
     model.reset_scales("channel")
     start, used = time.perf_counter(), time.process_time()
-    loss = seal.backward(model, random_pair(length, model.config.vocab_size)).item()
+    loss = seal.backward(model, random_record(length, model.config.vocab_size)).item()
     took = time.perf_counter() - start
     return {"loss": loss, "s": took, "processor s": time.process_time() - used}
 
@@ -89,7 +89,7 @@ def peft_step(path: Path, length: int) -> dict:
     reader.from_pretrained = partial(reader.from_pretrained, gguf_file=path.name)
     side = speed.Peft(path.parent, SimpleNamespace(dtype="bfloat16", device="cpu", what="train"))
     start = time.perf_counter()
-    loss, _ = side.step(*random_pair(length, side.model.config.vocab_size))
+    loss, _ = side.step(*random_record(length, side.model.config.vocab_size)[0])
     return {"loss": loss, "s": time.perf_counter() - start}
 
 
@@ -187,7 +187,7 @@ def counted(path: Path, length: int, dtype: torch.dtype, keep=nullcontext()) -> 
     """GB of a step's tensors: the packed matrices, and the most at a time."""
     file = File(path)
     model = gguf_model.load_packed(file, None, file.config, "cpu", dtype)
-    pair = random_pair(length, file.config.vocab_size)
+    record = random_record(length, file.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Counter() as counter:
         for module in model.modules():
             if isinstance(module, gguf_model.Packed):
@@ -196,7 +196,7 @@ def counted(path: Path, length: int, dtype: torch.dtype, keep=nullcontext()) -> 
         packed = counter.peak
         model.reset_scales("channel")
         with keep:
-            seal.backward(model, pair)
+            seal.backward(model, record)
     return {"GB of the file": packed / 2**30, "GB at the peak": counter.peak / 2**30}
 
 
@@ -207,7 +207,7 @@ def equal(args) -> dict:
         for ckpt in (args.file, args.ckpt):
             with Process(args.threads) as process:
                 process.run(seal.main, ["train", "--ckpt", ckpt, *flags, str(out)])
-            scales.append(torch.cat(list(seal.open_weights(out).values())))
+            scales.append(torch.cat(list(load_file(out).values())))
     gap, moved = (scales[0] - scales[1]).abs(), (scales[1] - 1).abs()
     return {"largest difference": gap.max().item(), "largest move": moved.max().item()}
 

@@ -17,10 +17,17 @@ say what decides whether a text answers it:
 Texts are compared in Unicode's NFC and without case. Other keys, wrong types and empty
 texts are refused with the line's number (assets/task.schema.json); extras.formats makes
 such files of other people's. Opened by seal.py for --task FILE.jsonl.
+
+With --questions K, up to K questions about a document are a record: the document is
+read once for all of them, in a step of training and when they are asked. No key says so:
+prompts are of one document if they begin alike, for three quarters of the longer one at
+least. So the document must stand first, and then the question.
 """
 
 import json
 import math
+import os
+import random
 import re
 import unicodedata
 from collections import Counter
@@ -96,7 +103,7 @@ def strict(pairs: list[tuple]) -> dict:
     return case
 
 
-def read_jsonl(path) -> list[Task]:
+def read_lines(path) -> list[Task]:
     """A task per line; UserError, with the line's number, for what is not one."""
     tasks = []
     with seal.blame(f"--task {path}"):
@@ -111,3 +118,46 @@ def read_jsonl(path) -> list[Task]:
             seal.check_json(case, "task.schema.json")
             tasks.append(Task(**case))
     return tasks
+
+
+def begin_alike(a: str, b: str) -> bool:
+    """Whether at least three quarters of the longer text begin the other one, too."""
+    shared = len(os.path.commonprefix([a, b]))
+    return 4 * shared >= 3 * max(len(a), len(b))
+
+
+def read_records(path, seed: int, trained_on: str, questions: int) -> list[list[Task]]:
+    """The file's lines by records: up to `questions` of them, whose prompts begin alike.
+
+    The seed shuffles the records. Lines whose fingerprint stands in the text `trained_on`
+    are left out, but only then: the records of the others do not change by it.
+    """
+    tasks, records, record = read_lines(path), [], []
+    if questions > 1:
+        tasks.sort(key=lambda task: task.prompt)  # puts those side by side
+    for task in tasks:
+        full = len(record) == questions
+        if not record or full or not begin_alike(record[0].prompt, task.prompt):
+            record = []
+            records.append(record)
+        record.append(task)
+    random.Random(seed).shuffle(records)
+    left = []
+    for record in records:
+        left.append([task for task in record if task.fingerprint() not in trained_on])
+    return [record for record in left if record]
+
+
+def read_sentences(path) -> list[str]:
+    """The sentences of a haystack, each with the space behind it; UserError if it has none."""
+    if not path:
+        raise seal.UserError("--task needle: needs --haystack FILE.txt, to hide needles in")
+    with seal.blame(f"--haystack {path}"):
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip() + "\n"
+        # A sentence ends at . ! ? before a space, at the full-width ones, or else at the
+        # first space behind a thousand characters.
+        end = r"(?:[.!?](?=\s)|[。！？।]|$)"
+        sentences = re.findall(rf"(?s)\S.{{,999}}?{end}\s*|\S.{{,999}}\S*\s*", text)
+        if not sentences:
+            raise ValueError("holds no sentence")
+        return sentences

@@ -207,7 +207,7 @@ def test_metadata_names_the_model_its_base_and_the_training(here, capsys):
     expected = {
         "general.base_model.0.name": "tiny-llama", "general.base_model.count": 1,
         "general.type": "model", "general.finetune": "seal-h", "seal.mode": "head",
-        "seal.extend": "ntk:2", "seal.task": "lines", "seal.length": 100,
+        "seal.extend": "ntk:2", "seal.task": "lines", "seal.length": "100",
         "seal.fingerprint": facts.fingerprint, "llama.context_length": 512,
         "llama.rope.scaling.type": None, "tokenizer.chat_template": hints["chat_template"],
     }

@@ -350,7 +350,8 @@ def test_self_extend_is_the_books(group, window, G, linear, monkeypatch):
     rope = angles.cos(), angles.sin()
     q = seal.rotate(raw[0], rope)
     k = seal.rotate(raw[1], rope)
-    found = seal.attend(q, k, raw[2])[0]
+    _, mask = seal.arrange(0, 23, [1])
+    found = seal.attend(q, k, raw[2], mask)[0]
     expected = slow_self_extend(*(x[0] for x in raw), freq, group, window)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -360,10 +361,36 @@ def test_self_extend_is_the_books(group, window, G, linear, monkeypatch):
     for gradient, slow in zip(ours, theirs):
         torch.testing.assert_close(gradient, slow, rtol=1e-4, atol=1e-5)
     newest = q[:, :, -1:]  # one token asks, as in generation
-    last = seal.attend(newest, k, raw[2])[0]
+    last = seal.attend(newest, k, raw[2], mask)[0]
     torch.testing.assert_close(last, found[:, -1:])
-    plain = selfextend.plain_attend(q, k, raw[2])[0]
+    plain = selfextend.plain_attend(q, k, raw[2], mask)[0]
     assert torch.allclose(plain, found, atol=1e-6) == (group == 1)
+
+
+@pytest.mark.parametrize("group, window", [(2, 5), (6, 1), (3, 40)])
+def test_questions_of_a_record_are_to_self_extend_what_single_prompts_are(
+    group, window, model, monkeypatch
+):
+    """Loss and gradient; branches are longer than some windows, and than a chunk."""
+    monkeypatch.setattr(selfextend, "CHUNK", 9)
+    monkeypatch.setattr(seal, "attend", seal.attend)
+    selfextend.extend(CONFIG, f"self:{group},{window}")
+    model.double()
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight.data *= 9  # so that attention tells tokens apart
+    shared, record = some_tokens(31), []
+    for seed, (rest, said) in enumerate([(1, 2), (9, 5), (20, 12)], 1):
+        prompt = shared + some_tokens(rest, seed)
+        record.append((prompt, some_tokens(said, 9 + seed)))
+    model.reset_scales("channel")
+    loss = seal.answer_loss(model, record)
+    losses = [seal.answer_loss(model, [pair]) for pair in record]
+    expected = torch.stack(losses).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours = torch.autograd.grad(loss, model.scales())
+    theirs = torch.autograd.grad(expected, model.scales())
+    for slopes, slow in zip(ours, theirs):
+        torch.testing.assert_close(slopes, slow, rtol=1e-4, atol=1e-7)
 
 
 def test_self_extend_is_remembered_by_scales_and_known_to_no_other_program(
@@ -372,7 +399,7 @@ def test_self_extend_is_remembered_by_scales_and_known_to_no_other_program(
     for name in ("extend", "attend", "COMMANDS"):
         monkeypatch.setattr(seal, name, getattr(seal, name))
     file, toy = tmp_path / "scales.safetensors", seal.read_config(seal.TOY)
-    train = "train --extend self:3,100 --length 600 --samples 1"
+    train = "train --extend self:3,100 --length 600 --samples 1 --questions 2"
     for line in (
         f"{train} --out {file}",
         f"eval --scales {file} --lengths 600 --prompts 1 --max-new-tokens 9",
@@ -388,6 +415,9 @@ def test_self_extend_is_remembered_by_scales_and_known_to_no_other_program(
     answer = seal.generate(model, prompt, 6)  # through the cache, token by token
     at_once = logits(model, prompt + answer)[129:-1]
     assert at_once.argmax(-1).tolist() == answer
+    cache = model.new_cache(200)
+    seal.generate(model, prompt[:120] + some_tokens(20), 3, cache=cache)
+    assert seal.generate(model, prompt, 6, cache=cache, start=120) == answer
     monkeypatch.undo()
     with pytest.raises(UserError, match="--extend self:3,100: must be none, ntk:"):
         seal.main(f"fold --scales {file} --out {tmp_path}/folded".split())
@@ -435,7 +465,7 @@ for job, line in enumerate(json.loads(sys.argv[2])):
 with open(f"rank{rank}.json", "w") as file:
     json.dump(results, file)
 """
-TRAIN = "--samples 5 --length 110 --epochs 2 --lr 0.05"
+TRAIN = "--samples 5 --length 110 --questions 2 --epochs 2 --lr 0.05"
 JOBS = [
     f"{TRAIN} --batch 4 --mode head --out head",
     f"{TRAIN} --batch 4 --mode channel --out whole",
@@ -445,6 +475,7 @@ JOBS = [
     f"{TRAIN} --batch 2 --mode head --out stopped --resume",
     f"{TRAIN} --batch 4 --mode head --out stopped --resume",
     f"{TRAIN} --batch 4 --mode channel --out channel --shard --offload",
+    f"{TRAIN} --batch 4 --mode channel --out kept --shard --recompute never",
     f"{TRAIN} --batch 4 --mode head --out broken",
 ]
 
@@ -466,7 +497,7 @@ def ranks(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_one_of_two_processes_writes_and_speaks_and_all_end_if_one_fails(ranks):
     place, done = ranks
-    assert done.stdout.count("scales, loss") == 4, done.stderr
+    assert done.stdout.count("scales, loss") == 5, done.stderr
     errors = re.findall("extras.several: error: (.*)", done.stderr)
     assert errors == [
         "--batch 0: must be 1 or more",
@@ -483,25 +514,29 @@ def test_one_of_two_processes_writes_and_speaks_and_all_end_if_one_fails(ranks):
             held.append(number)
         else:
             statuses.append(number)
-    assert statuses == [0, 0, 2, 2, 2, 2, 0, 0, 2]
+    assert statuses == [0, 0, 2, 2, 2, 2, 0, 0, 0, 2]
     assert held[5] < 0.51 * held[1]  # of the channel's numbers; norms and scales are whole
     made = {path.name for path in place.iterdir()}
     assert made == {
-        "ranks.py", "rank0.json", "rank1.json", "head", "whole", "stopped", "channel"}
+        "ranks.py", "rank0.json", "rank1.json",
+        "head", "whole", "stopped", "channel", "kept",
+    }
 
 
 def test_two_processes_learn_what_one_does_whole_or_sharded(ranks):
-    """Batches of 4 and 1, twice over."""
+    """Batches of 4 and 1 records, twice over."""
     place, _ = ranks
     config = seal.read_config(seal.TOY)
     model, tokenizer = opened(seal.TOY)
-    pairs = some_pairs(tokenizer, 5, 110, "train")
+    records = seal.make_records("lines", tokenizer, [110], 5, "train", questions=2)
+    records = [list(map(tokenizer.pair, record)) for record in records]
+    assert set(map(len, records)) == {2}
     for mode in seal.METHOD:
         model.reset_scales(mode)
         optimizer = torch.optim.AdamW(model.scales(), lr=0.05, weight_decay=0.0)
-        for batch in [pairs[:4], pairs[4:]] * 2:
-            for pair in batch:
-                loss = seal.answer_loss(model, *pair) / len(batch)
+        for batch in [records[:4], records[4:]] * 2:
+            for record in batch:
+                loss = seal.answer_loss(model, record) / len(batch)
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -509,7 +544,7 @@ def test_two_processes_learn_what_one_does_whole_or_sharded(ranks):
         assert facts.steps == 4
         for ours, expected in zip(learned, model.scales()):
             torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=1e-4)
-    for name, same in (("whole", "channel"), ("stopped", "head")):
+    for name, same in (("whole", "channel"), ("whole", "kept"), ("stopped", "head")):
         ours, _ = seal.read_scales(place / name, config)
         theirs, _ = seal.read_scales(place / same, config)
         assert all(map(torch.equal, ours, theirs))
@@ -533,11 +568,11 @@ def test_a_merged_folder_computes_what_the_adapters_do(method, size, tmp_path):
     (pair,) = some_pairs(tokenizer, 1, 80, "eval")
     adapted = baselines.Adapted(seal.Flags(), base.norm.weight, method)
     assert sum(p.numel() for p in adapted.scales()) == size
-    loss = seal.answer_loss(base, *pair)
-    torch.testing.assert_close(seal.answer_loss(adapted, *pair), loss, rtol=1e-5, atol=0)
+    loss = seal.answer_loss(base, [pair])
+    torch.testing.assert_close(seal.answer_loss(adapted, [pair]), loss, rtol=1e-5, atol=0)
     for p in adapted.scales():
         p.data += 0.3 * torch.randn(p.shape)
-    moved = seal.answer_loss(adapted, *pair)
+    moved = seal.answer_loss(adapted, [pair])
     assert abs(moved - loss) > 0.1 * loss
 
     source, wide, narrow = (tmp_path / name for name in ("source", "wide", "narrow"))
@@ -550,7 +585,7 @@ def test_a_merged_folder_computes_what_the_adapters_do(method, size, tmp_path):
         out.mkdir()
         folder.write_folder(out, ckpt, baselines.merged_weights(ckpt, adapters), {})
     ours, _ = opened(wide)
-    torch.testing.assert_close(seal.answer_loss(ours, *pair), moved, rtol=1e-4, atol=0)
+    torch.testing.assert_close(seal.answer_loss(ours, [pair]), moved, rtol=1e-4, atol=0)
     exact = load_file(wide / "model.safetensors")
     rounded = load_file(narrow / "model.safetensors")
     assert exact.keys() == weights.keys()
@@ -558,6 +593,25 @@ def test_a_merged_folder_computes_what_the_adapters_do(method, size, tmp_path):
         assert torch.equal(rounded[name], weight.bfloat16())
         adapter = re.search(r"[qkvo]_proj", name)
         assert torch.equal(weight, weights[name]) == (not adapter)
+
+
+def test_adapters_read_a_record_once_and_learn_from_it_what_single_prompts_teach():
+    base, tokenizer = opened(seal.TOY)
+    (samples,) = seal.make_records("lines", tokenizer, [200], 1, "train", questions=3)
+    record = []
+    for tokens, sample in zip((4, 9, 6), samples, strict=True):  # branches of unequal length
+        prompt, answer = tokenizer.pair(sample)
+        record.append((prompt, answer[:tokens]))
+    adapted = baselines.Adapted(seal.Flags(), base.norm.weight, "lora")
+    for p in adapted.scales():
+        p.data += 0.1 * torch.randn(p.shape)
+    loss = seal.answer_loss(adapted, record)
+    expected = torch.stack([seal.answer_loss(adapted, [pair]) for pair in record]).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    ours = torch.autograd.grad(loss, adapted.scales())
+    theirs = torch.autograd.grad(expected, adapted.scales())
+    for slopes, slow in zip(ours, theirs):
+        torch.testing.assert_close(slopes, slow, rtol=1e-3, atol=1e-5)
 
 
 def test_baselines_train_into_a_folder_for_every_command(tmp_path, capsys, monkeypatch):

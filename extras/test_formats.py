@@ -15,7 +15,7 @@ def converted(folder, content, *flags, name="rows.jsonl") -> list[dict]:
     (folder / name).write_text(content, encoding="utf-8")
     out = folder / "out.jsonl"
     formats.main([str(folder / name), "--out", str(out), *flags])
-    assert len(tasks.read_jsonl(out)) == out.read_text().count("\n")
+    assert len(tasks.read_lines(out)) == out.read_text().count("\n")
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

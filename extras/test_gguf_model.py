@@ -35,7 +35,7 @@ def converted_name(file) -> Path:
 def loss_and_slopes(model, prompt: list[int]) -> tuple[float, torch.Tensor]:
     """The loss of an answer, and its gradient by channel: (L, H * d)."""
     model.reset_scales("channel")
-    loss = seal.answer_loss(model, prompt, [7, 8, 9])
+    loss = seal.answer_loss(model, [(prompt, [7, 8, 9])])
     slopes = torch.autograd.grad(loss, model.scales())
     return loss.item(), torch.stack(slopes)
 
@@ -111,6 +111,21 @@ def test_a_large_model_is_dequantised_in_pieces_to_the_same_numbers(monkeypatch)
     assert gap(slopes, expected_slopes) < 1e-4 * expected_slopes.abs().max()
 
 
+def test_only_a_small_models_layers_keep_their_matrices_for_the_way_back(monkeypatch):
+    folder = make(Path("model"), "llama-bpe", max_position_embeddings=1024)
+    file, rooms = source(folder, "model.gguf", "Q4_1"), []
+
+    def train(model, *rest):
+        rooms.append(model.room)
+        return [0.0]
+
+    monkeypatch.setattr(seal, "train", train)
+    for weights in 2**29, 0:  # of a model that is small
+        monkeypatch.setattr(gguf_model, "SMALL", weights)
+        command("train", "--ckpt", file, "--length", 600, "--samples", 1)
+    assert rooms[0] > 0 == rooms[1]
+
+
 def test_a_table_of_frequencies_that_no_folder_can_say_is_used_as_it_is():
     folder = make(Path("model"), "llama-bpe", rope_parameters=LLAMA3)
     file = source(folder, "model.gguf", "F32")
@@ -128,7 +143,7 @@ def test_training_keeps_no_matrix_in_another_form_than_the_files():
     assert len(packed) == 2 * 7 + 2
     seal.generate(model, some_tokens(5), 2)  # it is small: dequantised while it answers
     assert model.layers[0].mlp.up_proj.whole is not None
-    seal.train(model, [tokenizer.pair(sample)], lr=0.01)
+    seal.train(model, [[tokenizer.pair(sample)]], lr=0.01)
     gc.collect()
     sizes = {tuple(module.weight().shape) for module in packed}
     for x in gc.get_objects():

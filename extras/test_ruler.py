@@ -120,7 +120,7 @@ def test_ruler_writes_what_seal_reads(tmp_path, capsys):
     ruler.main(f"--task vt --length 2500 --samples 2 --out {out}".split())
     line = json.loads(out.read_text().splitlines()[0])
     assert set(line) == {"prompt", "answer", "expected", "prefix"}
-    sample = tasks.read_jsonl(out)[0]
+    sample = tasks.read_lines(out)[0]
     assert (sample.prompt, sample.prefix) == (line["prompt"], line["prefix"])
     assert sample.answer.split() == line["expected"] == sample.expected
     assert sample.score(line["answer"]) == 1

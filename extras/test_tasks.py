@@ -1,11 +1,13 @@
-"""Tests of extras/tasks.py: task files, and the judges of what is said."""
+"""Tests of extras/tasks.py: task files, their records, and the judges of what is said."""
 
 import json
+import random
 import re
 
 import pytest
 
-from extras.tasks import Task, read_jsonl
+import seal
+from extras.tasks import Task, read_lines, read_records
 from seal import UserError
 from test_seal import task_file
 
@@ -23,7 +25,7 @@ def test_a_task_file_has_five_keys_more_and_bom_and_empty_lines_do_no_harm(tmp_p
     ]
     path = task_file(tmp_path, *rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))
-    assert read_jsonl(path) == [Task(**row) for row in rows]
+    assert read_lines(path) == [Task(**row) for row in rows]
 
 
 WRONG_LINES = """
@@ -68,7 +70,96 @@ def test_a_wrong_line_of_a_task_file_is_named_with_its_key(line, tmp_path):
     key, wrong = line.split(maxsplit=1)
     path = task_file(tmp_path, FACT, wrong, FACT)
     with pytest.raises(UserError, match=rf"t\.jsonl, line 2\b.*\b{key}\b"):
-        read_jsonl(path)
+        read_lines(path)
+
+
+DOCUMENTS = ["The otter sleeps by day. " * 16, "The kid climbs the hill. " * 18]
+
+
+def two_documents(folder):
+    """A file of three questions about each, which do not stand beside each other."""
+    rows = []
+    for i in range(3):
+        for text in DOCUMENTS:
+            rows.append({"prompt": f"{text}\nWhat is {i}?", "answer": f"It is {i}."})
+    return task_file(folder, *rows)
+
+
+def test_lines_that_begin_alike_are_a_record_of_up_to_as_many_questions(tmp_path):
+    path = two_documents(tmp_path)
+    tasks = read_lines(path)
+    for questions, sizes in (2, [1, 1, 2, 2]), (3, [3, 3]), (9, [3, 3]):
+        records = read_records(path, 0, "", questions)
+        assert sorted(map(len, records)) == sizes
+        assert sorted(sum(records, []), key=tasks.index) == tasks
+        for record in records:
+            (text,) = {task.prompt.split("\n")[0] for task in record}
+            assert record == sorted(record, key=tasks.index)
+    known = tasks[1].fingerprint() + "," + tasks[4].fingerprint()
+    left = read_records(path, 0, known, 9)
+    assert left == [[t for t in record if t not in (tasks[1], tasks[4])] for record in records]
+
+
+@pytest.mark.parametrize("a, b, alike", [
+    ("aaab", "aaac", True),
+    ("aabb", "aacc", False),
+    ("aaa", "aaab", True),
+    ("aaa", "aaabb", False),  # the longer one counts
+    ("abbb", "cbbb", False),
+])
+def test_three_quarters_of_the_longer_prompt_must_begin_both(a, b, alike, tmp_path):
+    path = task_file(tmp_path, FACT | {"prompt": a}, FACT | {"prompt": b})
+    records = read_records(path, 0, "", 2)
+    assert (len(records) == 1) == alike
+
+
+def test_with_one_question_each_line_is_a_record_and_the_seed_alone_shuffles_them(tmp_path):
+    path = two_documents(tmp_path)
+    tasks = read_lines(path)
+    for seed in 0, 1:
+        expected = list(tasks)
+        random.Random(seed).shuffle(expected)
+        assert read_records(path, seed, "", 1) == [[task] for task in expected]
+        rest = [[task] for task in expected if task != tasks[2]]
+        assert read_records(path, seed, tasks[2].fingerprint(), 1) == rest
+
+
+def test_a_document_is_read_once_for_all_of_its_questions(tmp_path, monkeypatch):
+    """By training, and by evaluation; without --questions it is read for each of them."""
+    path, scales, read, forward = two_documents(tmp_path), tmp_path / "s", [], seal.Llama.forward
+
+    def watched(model, tokens, *more):
+        if tokens.shape[1] > 100:  # tokens: a document, not a question or a part of an answer
+            read.append(tokens.shape[1])
+        return forward(model, tokens, *more)
+
+    monkeypatch.setattr(seal.Llama, "forward", watched)
+    for questions, times in (1, 6), (3, 2):
+        read.clear()
+        flags = f"--task {path} --samples 9 --length 400 --questions {questions}"
+        seal.main(["train", *flags.split(), "--out", str(scales)])
+        assert len(read) == times
+        _, facts = seal.read_scales(scales, seal.read_config(seal.TOY))
+        assert (facts.samples, facts.questions) == (times, questions)
+    read.clear()
+    flags = f"--task {path} --lengths 400 --questions 3 --max-new-tokens 2"
+    seal.main(["eval", *flags.split()])
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("line, words", [
+    ("train --questions 0", "questions 0 is less than the minimum of 1"),
+    ("eval --questions -1", "questions -1 is less"),
+    ("train --questions 2.5", "--questions: "),
+    ("train --task needle --haystack a.txt --questions 3", "questions 3 is greater"),
+    ("eval --task needle --questions 3", "questions 3 is greater than the maximum of 1"),
+    ("eval --depths 0,50 --questions 2", "questions 2 is greater than the maximum of 1"),
+])
+def test_so_many_questions_as_nobody_can_ask_are_refused_in_one_line(line, words, capsys):
+    """A needle is one fact; with --depths the others of a record stand elsewhere."""
+    assert seal.exit_status("seal.py", seal.main, line.split()) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("seal.py: error: ") and words in error
 
 
 NUMBERS = """

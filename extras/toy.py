@@ -105,7 +105,7 @@ def choose_optimizers(model: seal.Llama, drift: bool) -> list[torch.optim.Optimi
 
 def pretrain(model: seal.Llama, lessons: Lessons, stages, seed: int) -> None:
     """Train the weights, stage by stage."""
-    no_cache = [None] * CONFIG.num_hidden_layers  # so nothing is recomputed on the way back
+    model.room = math.inf  # so nothing is recomputed on the way back
     for name, steps, size, first, last in stages:
         optimizers = choose_optimizers(model, drift=name == "drift")
         rng, right = random.Random(f"{name} {seed}"), 0.0
@@ -116,7 +116,7 @@ def pretrain(model: seal.Llama, lessons: Lessons, stages, seed: int) -> None:
             target = ids[:, 1:][learned]
             # For short sequences the plain attention is the fastest.
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                x = model(ids[:, :-1], no_cache)  # (B, T - 1, D)
+                x = model(ids[:, :-1])  # (B, T - 1, D)
                 logits = model.logits(x[learned])  # (tokens to learn, V)
             loss = F.cross_entropy(logits, target)
             loss.backward()

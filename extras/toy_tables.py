@@ -114,7 +114,7 @@ def cells_anywhere(asked: seal.Flags, lengths: list[int]) -> list[dict]:
 def beyond(folder: Path) -> dict:
     end = end_of_context()
     lengths = [end, 2 * end, 4 * end]
-    scaled = trained("channel", folder, extend="ntk:4", length=4 * end)
+    scaled = trained("channel", folder, extend="ntk:4", length=[4 * end])
     base = trained("base", folder)
     result = {
         "none": cells_anywhere(base, lengths),

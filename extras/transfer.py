@@ -70,7 +70,7 @@ def needles(bench: Bench) -> None:
 
 
 def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool):
-    """Prompt i: a sample of `length` tokens in whose text three people are somewhere."""
+    """Prompt i: [a sample] of `length` tokens in whose text three people are somewhere."""
     rng = random.Random(f"meeting {bench.args.seed} {i}")
     cities, people = rng.sample(list(MEETINGS), 3), rng.sample(PEOPLE, 3)
     facts = []
@@ -85,7 +85,7 @@ def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool
         for fact, depth in zip(facts, depths):
             text.insert(int(depth * n), fact)
         prompt = "{}\n\n{}".format(" ".join(text), question)
-        return seal.Sample(prompt, people[0], expected=[people[0]])
+        return [seal.Sample(prompt, people[0], expected=[people[0]])]
 
     return seal.largest_fit(make, bench.tokenizer, length, length)
 
@@ -99,7 +99,7 @@ def meetings(bench: Bench) -> None:
         for way in ways:
             samples = []
             for i in range(bench.args.prompts):
-                samples.append(meeting(bench, sentences, i, length, way == "named"))
+                samples += meeting(bench, sentences, i, length, way == "named")
             bench.cell("meeting", recipe, way, make=lambda name: bench.ask(name, samples))
     show(bench.results["cells"], "meeting", names, ways)
 
