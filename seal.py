@@ -118,7 +118,7 @@ def arrange(start: int, T: int, branches):
         1 1 1 0 1 0   mask (R, start + T)
         1 1 1 0 1 1
     """
-    if start:  # in a cache: what follows it is one branch
+    if start:  # so much is in a cache: what follows is one branch
         branches = [T]
     end = start + T - sum(branches)
     positions = torch.arange(start, end), *(end + torch.arange(n) for n in branches)
@@ -220,7 +220,7 @@ class Llama(nn.Module):
         rope = self.magnitude * torch.stack((angles.cos(), angles.sin()))
         rope = rope.to(x.dtype)  # (2, T, d/2)
         for i, layer in enumerate(self.layers):
-            # For the way back a layer keeps some 13 times its x, or x to compute again.
+            # For the way back a layer keeps some 13 times x, or x, to compute the rest.
             if torch.is_grad_enabled() and 13 * x.nbytes * len(self.layers) > self.room:
                 x = recompute(layer, x, rope, mask, use_reentrant=False)
             else:
@@ -966,7 +966,7 @@ def main(arguments=None):
     parser = Parser(prog="seal.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     for name, call in COMMANDS.items():
-        command = commands.add_parser(name)
+        command = commands.add_parser(name, help=ASKED["help"][name])
         command.add_flags(*ASKED["commands"][name])
         command.set_defaults(call=call)
     flags = vars(parser.parse_args(arguments))
@@ -981,7 +981,7 @@ def main(arguments=None):
         call = import_module(call).command
     call(Flags(**flags))
 
-def exit_status(program: str, main, arguments=None) -> int:
+def exit_status(program: str, main, arguments=None):
     """Run main(arguments): 2, with one line, for what a user can mend."""
     sys.stdout.reconfigure(errors="backslashreplace")  # not every letter can be shown
     try:

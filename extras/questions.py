@@ -18,11 +18,10 @@ to read them: sides take turns, so that other work on the machine hits all, and 
 count more than seconds. "processor s" are those of all cores, without waiting. Loading,
 drawing prompts and what seal.py stores after each step are left out. In `train` all must
 first find the same loss and gradient for a prompt; each side is a process, and GB (2^30
-bytes) are its peaks. In `ask` scales are 1, and no token ends an answer: all have one
-length. In `count` a product of matrices is two operations for each pair of numbers it
-multiplies; what is computed again counts again. The record's attention to itself is
-causal and counts half (as in extras.speed), that of questions counts whole. Its GB are
-storages of a bfloat16 model that live at once (see extras.speed_gguf).
+bytes) are its peaks. In `ask` answers are those with --scales. In `count` a product of two
+matrices is two operations for each pair of numbers; what is computed again counts again.
+The record's attention to itself is causal and counts half (as in extras.speed), that of
+questions counts whole. Its GB are storages of a bfloat16 model that live at once.
 """
 
 import math
@@ -41,12 +40,12 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import seal
-from extras import shapes, speed
+from extras import pieces, shapes, speed
 from extras.speed_gguf import Counter, Process
 
 RECIPE = "--mode channel --length 700 --samples 12 --questions 8 --lr 0.06 --pull 0.02"
 ROUNDS = 10  # train: turns of each side
-RECORDS, ALONE, NEW = 6, 2, 40  # ask: how many, questions asked alone, tokens of an answer
+RECORDS, ALONE, NEW = 6, 2, 40  # ask: how many, questions asked alone, tokens at most
 SHAPE, LENGTH = "7b", 31000  # count: the model; tokens of a prompt and its answer
 PLANS = (50, 1), (13, 4), (7, 8), (4, 13)  # count: records, and questions of each
 BRANCH = 45  # count: tokens of a question and its answer
@@ -133,7 +132,7 @@ def turn(name: str, until: int) -> dict:
     return took | {"last loss": losses[-1], "GB at the peak": speed.peak_memory("cpu")}
 
 
-def add_up(side: dict, *units: str) -> None:
+def add_up(side: dict, *units) -> None:
     """Add what the last turn found, and what all of them took."""
     side |= side["turns"][-1]
     for unit in units:
@@ -165,7 +164,6 @@ def train(args) -> dict:
     for side in found.values():
         del side["computed"], side["loss"]
         add_up(side, "s", "processor s")
-        side["GB above loading"] = side["GB at the peak"] - side["GB after loading"]
         for unit in ("s", "processor s"):
             side[f"seal.py's {unit}, of these"] = found["seal.py"][unit] / side[unit]
     return found
@@ -173,8 +171,8 @@ def train(args) -> dict:
 
 def ask(args) -> dict:
     torch.set_num_threads(args.threads)
-    model, tokenizer, _ = seal.open_checkpoint(seal.Flags(ckpt=args.ckpt, dtype=args.dtype))
-    tokenizer.stop = set()
+    flags = seal.Flags(ckpt=args.ckpt, scales=args.scales, dtype=args.dtype)
+    model, tokenizer, _ = seal.open_checkpoint(flags)
     records = seal.make_records(
         "lines", tokenizer, [args.length], RECORDS, "eval", args.seed, questions=args.questions)
     alone, in_a_row, same = {"turns": []}, {"turns": []}, 0
@@ -196,7 +194,7 @@ def ask(args) -> dict:
 
 
 def products(a, b, **_) -> int:
-    """Operations of attention's products: batches of (rows, inner) by (inner, columns)."""
+    """Operations of attention's products: (batch, rows, inner) by (batch, inner, columns)."""
     batch, rows, inner = a
     whole = 2 * batch * rows * inner * b[2]
     *_, second, largest = sorted((rows, inner, b[2]))
@@ -214,7 +212,7 @@ def operations(model: seal.Llama, record) -> int:
 
 
 def peak(model: seal.Llama, record, keep=nullcontext()) -> float:
-    """GB that live at once in a step of training, weights included."""
+    """GB that live at once in a step of training."""
     model.reset_scales("channel")
     with Counter() as counter, keep:
         for weight in model.parameters():
@@ -241,13 +239,14 @@ def count(args) -> dict:
         plan["of 50 x 1"] = plan["operations"] / found["50 x 1"]["operations"]
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            plan["GB at the peak of a step"] = peak(model, record)
-            plan["GB with --offload"] = peak(model, record, offload)
+            for forward, name in ((pieces.forward, ", extras.pieces"), (pieces.plain_forward, "")):
+                seal.FeedForward.forward = forward
+                plan[f"GB at the peak of a step{name}"] = peak(model, record)
+                plan[f"GB with --offload{name}"] = peak(model, record, offload)
     return found
 
 
 def show(part: str, figures: dict) -> None:
-    """A column for each side or plan, a row for each of its numbers."""
     rows = {}
     for side in figures.values():
         for name in side:
@@ -273,7 +272,8 @@ def main(arguments=None) -> None:
     add("--paper", default="50x1", help="train: peft's records, and questions of each")
     add("--paper-length", type=int, default=700, help="train: tokens of peft's prompts")
     add("--questions", type=int, default=8, help="ask: of each record")
-    add("--length", type=int, default=2000, help="ask: tokens of a prompt")
+    add("--scales", help="ask: a file of scales")
+    add("--length", type=int, default=2000)
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.paper):
         raise seal.UserError(f"--paper {args.paper}: is not like 50x1")

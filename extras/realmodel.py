@@ -40,7 +40,7 @@ import seal
 from extras import baselines
 from extras.realmodel_table import show
 
-# Flags of seal.py train, or of extras.baselines; all on 50 prompts of 700 tokens.
+# Flags of seal.py train, or of extras.baselines; on prompts of 700 tokens, if not said.
 RECIPES = {
     "SEAL-C": "--mode channel --lr 2e-2",  # as the paper has it
     "SEAL-C, pull 2%": "--mode channel --lr 2e-2 --pull 0.02",
@@ -48,8 +48,12 @@ RECIPES = {
     "SEAL-H": "--mode head --lr 5e-2",
     "SEAL-L": "--method lora",
 }
-for more in ("length 2000", "seed 1", "seed 2"):  # of the recipe that README recommends
-    RECIPES[f"SEAL-C, pull 2%, {more}"] = f"{RECIPES['SEAL-C, pull 2%']} --{more}"
+EIGHT = "--mode channel --questions 8"
+RECIPES["25 records x 8"] = f"{EIGHT} --samples 25 --lr 3e-2 --pull 0.04"  # README's
+RECIPES["12 records x 8"] = f"{EIGHT} --samples 12 --lr 6e-2 --pull 0.12"
+for recipe in ("25 records x 8", "12 records x 8", "SEAL-C, pull 2%"):
+    for more in ("length 2000", "seed 1", "seed 2"):
+        RECIPES[f"{recipe}, {more}"] = f"{RECIPES[recipe]} --{more}"
 ANSWER = 40  # tokens; the answer to be learned has some twenty
 
 

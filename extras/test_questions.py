@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import seal
-from extras import questions, shapes, speed
+from extras import pieces, questions, shapes, speed
 
 torch.set_num_threads(1)
 TINY = f"--ckpt {seal.TOY} --json figures.json --paper 3x1 --paper-length 90".split()
@@ -183,3 +183,18 @@ def test_only_the_count_does_without_a_checkpoint(monkeypatch):
         questions.main(["ask", "count"])
     questions.main(["count"])
     assert list(seal.read_json("questions.json")) == ["count"]
+
+
+def test_the_feed_forward_in_pieces_learns_the_same_in_less_memory(monkeypatch):
+    torch.manual_seed(0)
+    model = seal.Llama(seal.Config(600, 64, 4096, 2, 4, 4, 16, context=600))
+    record = [(list(range(500)), [1, 2, 3])]
+    monkeypatch.setattr(pieces, "PIECE", 64)
+    model.reset_scales("channel")
+    seal.backward(model, record)
+    expected = [scale.grad for scale in model.scales()]
+    needed = questions.peak(model, record)
+    monkeypatch.setattr(seal.FeedForward, "forward", pieces.forward)
+    assert questions.peak(model, record) < 0.6 * needed
+    for scale, slope in zip(model.scales(), expected, strict=True):
+        torch.testing.assert_close(scale.grad, slope)
