@@ -5,8 +5,8 @@ a long prompt. Far from its context limit it answers, near the limit it fails. S
 one attention head and accuracy moves by twenty points, up for some, down for others
 (section 3). The balance of the heads, learned on short texts, is wrong for long ones.
 
-So learn the balance and nothing else. Freeze every weight, multiply each head's output
-by one number, or each channel of it, and train these on 50 synthetic prompts (section 4):
+So learn the balance and nothing else. Freeze every weight, multiply each head's output,
+or each of its channels, by one number, and train these on 50 prompts (section 4):
 
     y = concat_h( s_h * softmax(q_h k_h^T / sqrt(d)) v_h ) W_o^T
 
@@ -19,7 +19,7 @@ the model as it is. In the end s multiplies the columns of W_o: the gain costs n
 The paper is parts 1 to 5 of this file: model, data, training, evaluation, folding. Then
 come 6 checkpoints, 7 text, 8 commands. To see it work: python seal.py demo
 
-Letters in shapes: B sequences, T tokens, S tokens so far, A tokens of an answer, D
+Letters in shapes: B sequences, T tokens, S so far, R of branches, A of an answer, D
 width, H query heads, G key-value heads, d channels a head, L layers, V vocabulary.
 """
 
@@ -109,10 +109,10 @@ def rotate(x: Tensor, rope) -> Tensor:
 
 def arrange(start: int, T: int, branches):
     """Positions (T,) of the tokens from `start` on, and what the last R of them see.
-    A token sees only what stands before it, so a record comes out the same whatever is
-    asked behind it: it is read once and asked many questions. These are its branches, the
-    last R tokens. Each goes on where the record ends, and sees the record and itself. A
-    record of three tokens, with branches of one and two: positions 0 1 2 3 3 4, and
+    A token sees itself and what stands before it, so what prompts share, the record, comes
+    out the same for all: it is read once. What differs, a question and its answer, is a
+    branch: it goes on where the record ends, and sees the record and itself. The last R
+    tokens are branches. Three tokens with branches of 1 and 2 have positions 0 1 2 3 3 4,
 
         1 1 1 1 0 0
         1 1 1 0 1 0   mask (R, start + T)
@@ -128,13 +128,13 @@ def arrange(start: int, T: int, branches):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. q (B, H, T, d), k and v (B, G, S, d).
-    The last R queries see the keys that mask (R, S) says, the first those before them.
+    The last R queries see the keys that mask (R, S) shows; query i before them 0 to i.
     """
     attention = partial(F.scaled_dot_product_attention, enable_gqa=True)
     P = q.shape[2] - len(mask)
-    record = attention(q[..., :P, :], k[..., :P, :], v[..., :P, :], is_causal=True)
-    branches = attention(q[..., P:, :], k, v, attn_mask=mask)
-    return torch.cat((record, branches), dim=2)
+    first = attention(q[..., :P, :], k[..., :P, :], v[..., :P, :], is_causal=True)
+    last = attention(q[..., P:, :], k, v, attn_mask=mask)
+    return torch.cat((first, last), dim=2)
 
 class Attention(nn.Module):
     """H heads, each scaled by SEAL before the output projection."""
@@ -206,11 +206,11 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.lm_head = nn.Linear(D, V, bias=False)
         self.frequencies, self.magnitude = rope_frequencies(config)
-        self.room = 0  # bytes that layers may keep for the way back
+        self.room = 0  # bytes that all layers may keep for the way back
 
     def forward(self, tokens: Tensor, branches=(1,), cache=None, start=0) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block (B, T, D).
-        branches: lengths of the branches at the end of tokens; one is as good as none.
+        branches: lengths of the branches at the end of tokens; a single one is causal.
         cache (L, 2, B, G, any size, d): k and v of each layer, filled up to `start`.
         """
         x = self.embed_tokens(tokens)  # (B, T, D)
@@ -220,7 +220,7 @@ class Llama(nn.Module):
         rope = self.magnitude * torch.stack((angles.cos(), angles.sin()))
         rope = rope.to(x.dtype)  # (2, T, d/2)
         for i, layer in enumerate(self.layers):
-            # For the way back a layer keeps some 13 times x, or x, to compute the rest.
+            # A layer keeps some 13 times x for the way back, or x, and recomputes.
             if torch.is_grad_enabled() and 13 * x.nbytes * len(self.layers) > self.room:
                 x = recompute(layer, x, rope, mask, use_reentrant=False)
             else:
@@ -274,10 +274,10 @@ def generate(model, prompt, max_new_tokens, stop=(), cache=None, start=0) -> lis
     """Greedy continuation of a prompt (token ids), ended before a token of `stop` and by
     the context. A cache may hold the first `start` tokens of the prompt already.
     """
-    room = model.config.context - len(prompt)
-    if not prompt or room < 1:
-        raise UserError(f"a prompt has {len(prompt)} tokens, {room} are left to answer")
-    new = min(max_new_tokens, room)
+    left = model.config.context - len(prompt)
+    if not prompt or left < 1:
+        raise UserError(f"a prompt has {len(prompt)} tokens, {left} are left to answer")
+    new = min(max_new_tokens, left)
     if cache is None:
         cache = model.new_cache(len(prompt) + new)
     tokens, answer = prompt[start:], []
@@ -307,8 +307,8 @@ class Sample:
 
     def score(self, text: str) -> float:
         """How right a text is, 0 to 1; judge() calls what is above 0.5 correct.
-        A number: it is the last run of digits (LongEval). Else the share of the answer's
-        words that are found (ROUGE-1 recall).
+        An expected number is to be the last run of digits (LongEval). Else: the share of
+        the answer's words that are found (ROUGE-1 recall).
         """
         said = text.casefold()
         if self.expected is not None:
@@ -334,7 +334,7 @@ def largest_fit(make, tokenizer, length, limit) -> list[Sample]:
     def tokens(n, questions=1):
         return max(len(tokenizer.prompt(s.prompt)) for s in make(n)[:questions])
     n = bisect.bisect_right(range(1, limit + 1), length, key=tokens)  # the last fit
-    while n and tokens(n, questions=None) > length:  # some keys have more tokens
+    while n and tokens(n, questions=None) > length:  # other keys may be longer
         n -= 1
     if not 0 < n < limit:
         raise UserError(f"{length} tokens: prompts have {tokens(1)} to {tokens(limit)}")
@@ -348,7 +348,7 @@ KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]  # 
 
 def lines_samples(rng, tokenizer, length, split, depth, haystack, questions):
     """Lines that fill `length` tokens, and questions, each for another line: the first
-    one's is any, or at `depth` %, the others' are spread over the record from there."""
+    for the one at `depth` %, or any, the others at even steps from there, cyclically."""
     limit = min(length // 4 + 1, len(KEYS))  # no line is shorter than four tokens
     keys = rng.sample(KEYS, limit)
     numbers = [rng.randint(1, 50000) for _ in keys]
@@ -374,7 +374,7 @@ TEST_NEEDLE, *TRAINING_NEEDLES = NEEDLES  # San Francisco's sandwich, and ten
 
 def needle_samples(rng, tokenizer, length, split, depth, haystack, questions):
     """A needle in a text that fills `length` tokens and begins at any sentence of the
-    file; it goes before the sentence that `depth` %, counted in tokens, falls into."""
+    file; it goes before the sentence that holds the token at `depth` %. One question."""
     from extras.tasks import read_sentences
     sentences = read_sentences(haystack)
     place, what = rng.choice(TRAINING_NEEDLES) if split == "train" else TEST_NEEDLE
@@ -395,15 +395,15 @@ TASKS = {"lines": lines_samples, "needle": needle_samples}  # with the same argu
 def make_records(task, tokenizer, lengths, count, split, seed=0, depth=None, haystack=None,
                  trained_on="", questions=1) -> list[list[Sample]]:
     """Up to `count` records of a task (lines, needle, FILE.jsonl), as lists of samples.
-    Prompts have one of these lengths in turn, at most. The fact stands at `depth` percent
-    or anywhere. Training and test share no prompt: the split, "train" or "eval", is part
-    of the seed, and a file leaves out what has its fingerprint in the text `trained_on`.
+    They fill these lengths in turn and have up to `questions` prompts each. The fact is
+    at `depth` percent or anywhere. Training and test share no prompt: the split, "train"
+    or "eval", is in the seed, and a file leaves out what stands in `trained_on`.
     """
     if task in TASKS:
         records = []
+        make = TASKS[task]
         for i, length in zip(range(count), cycle(lengths)):
             rng = random.Random(f"{task} {split} {seed} {length} {i}")
-            make = TASKS[task]
             records.append(make(rng, tokenizer, length, split, depth, haystack, questions))
     else:
         from extras.tasks import read_records  # which knows more judges
@@ -432,9 +432,9 @@ def paper_lr(task: str, mode: str, layers: int) -> float:
 def answer_loss(model, record) -> Tensor:
     """Mean cross-entropy of the answers' tokens, end tokens included, in nats.
     A record is a list of pairs (prompt ids, answer ids) whose prompts begin alike. What
-    they share stands once, the rests are branches. Prompts do not count: thousands of
-    random tokens would drown the thirty of an answer. So only these get logits, which
-    also saves the largest tensor.
+    they share stands once, the rests are branches (see arrange). Prompts do not count:
+    thousands of random tokens would drown the thirty of an answer. So only answers get
+    logits, which also saves the largest tensor.
     """
     shared = os.path.commonprefix([prompt[:-1] for prompt, _ in record])
     tokens, lengths = shared, []
@@ -460,8 +460,8 @@ def backward(model, record) -> Tensor:
 def train(model, records, lr, epochs=1, pull=0.0, saved=None, after_step=None) -> list[float]:
     """Learn the model's scales on records (see answer_loss); returns the losses.
     As in the paper: AdamW at a constant rate, a record a step. Weight decay would prune
-    heads; `pull` moves scales that share of the way back to 1 after each step. What
-    after_step(losses, optimizer) stores can be `saved` later, its scales in the model.
+    heads; `pull` moves scales that share of the way back to 1 after each step. To go on,
+    give what after_step(losses, optimizer) stored as `saved`, with its scales put in.
     """
     scales, losses = model.scales(), []
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
@@ -485,8 +485,8 @@ def train(model, records, lr, epochs=1, pull=0.0, saved=None, after_step=None) -
 
 # ---- 4. Evaluation -------------------------------------------------------------------
 def ask(model, tokenizer, samples, max_new_tokens=100, desc="") -> list[str]:
-    """Greedy answers to the samples' prompts, as far as the context reaches. What most of
-    a prompt shares with the one before it is not read again."""
+    """Greedy answers to the samples' prompts, as far as the context reaches. If three
+    quarters of a prompt are as in the one before, these are not read again."""
     prompts = [tokenizer.prompt(s.prompt, s.prefix) for s in samples]
     longest = max(map(len, prompts)) + max_new_tokens
     cache = model.new_cache(min(longest, model.config.context))
@@ -589,7 +589,7 @@ def check_place(path) -> Path:
     """The path; UserError unless a file can be written there."""
     path = Path(path)
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path}: is no file, or in no folder; give another name")
+        raise UserError(f"{path}: is not a file, or its folder is missing")
     return path
 
 @contextmanager

@@ -2,8 +2,9 @@
 
     python seal.py demo
 
-Opened by seal.py. It trains SEAL-H and SEAL-C on 50 prompts each, asks 50 others a length
-of the base and of both, prints the table, and leaves scales and a picture in seal-demo/.
+Opened by seal.py. It trains SEAL-H and SEAL-C on 50 records with four questions about each,
+asks 50 others a length of the base and of both, one question each, prints the table, and
+leaves scales and a picture in seal-demo/.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ def command(flags: seal.Flags) -> None:
     folder.mkdir(exist_ok=True)
     for mode in seal.METHOD:
         scales = str(folder / f"{mode}.safetensors")
-        seal.train_command(replace(flags, mode=mode, out=scales))
+        seal.train_command(replace(flags, mode=mode, out=scales, questions=4))
         results |= seal.measure(replace(flags, scales=scales, compare=not results))
     print(f"share of {flags.prompts} prompts answered right")
     print(seal.score_table(results))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import seal
-from extras import pieces, questions, shapes, speed
+from extras import pieces, questions, shapes, speed, sweep
 
 torch.set_num_threads(1)
 TINY = f"--ckpt {seal.TOY} --json figures.json --paper 3x1 --paper-length 90".split()
@@ -198,3 +198,21 @@ def test_the_feed_forward_in_pieces_learns_the_same_in_less_memory(monkeypatch):
     assert questions.peak(model, record) < 0.6 * needed
     for scale, slope in zip(model.scales(), expected, strict=True):
         torch.testing.assert_close(scale.grad, slope)
+
+
+def test_a_sweep_counts_the_answers_that_generation_finds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--ckpt {seal.TOY} --lengths 100,150 --records 2 --windows 1 --json sweep.json"
+    sweep.main([*flags.split(), "--recipes", "--length 90 --samples 2 --questions 2"])
+    base, trained = seal.read_json("sweep.json")["results"]
+    model = seal.load_model(seal.TOY, seal.read_config(seal.TOY))
+    tokenizer = seal.Tokenizer(seal.TOY, model.config)
+    for length in 100, 150:
+        samples = seal.make_samples(
+            "lines", tokenizer, length, 2, "eval", 1000, questions=8)
+        right = 0
+        for sample, said in zip(samples, seal.ask(model, tokenizer, samples, 40)):
+            right += said.strip() == sample.answer
+        assert base[str(length)] == right / len(samples)
+    assert trained["of the base's perplexity"] != 1 and trained["seconds"] > 0
+    assert "--samples 2" in capsys.readouterr().out
