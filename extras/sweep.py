@@ -1,7 +1,7 @@
 """Recipes of training compared in little time: line retrieval, and the price in prose.
 
     python -m extras.sweep --ckpt smollm2 --dtype bfloat16 --json sweep.json --recipes \\
-        "--questions 8 --samples 12 --lr .06 --pull .12;--questions 8 --samples 25 --lr .03 --pull .04"
+        "--questions 8 --samples 12 --lr .06;--questions 8 --samples 25 --lr .03"
 
 A recipe is any flags of seal.py train, behind --mode channel --length 700. Nothing is
 generated. A question counts as answered if each token of its answer is the most likely one

@@ -128,10 +128,10 @@ def test_a_document_is_read_once_for_all_of_its_questions(tmp_path, monkeypatch)
     """By training, and by evaluation; without --questions it is read for each of them."""
     path, scales, read, forward = two_documents(tmp_path), tmp_path / "s", [], seal.Llama.forward
 
-    def watched(model, tokens, *more):
+    def watched(model, tokens, *more, **named):
         if tokens.shape[1] > 100:  # tokens: a document, not a question or a part of an answer
             read.append(tokens.shape[1])
-        return forward(model, tokens, *more)
+        return forward(model, tokens, *more, **named)
 
     monkeypatch.setattr(seal.Llama, "forward", watched)
     for questions, times in (1, 6), (3, 2):

@@ -146,7 +146,7 @@ def main(arguments=None) -> None:
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     add_flags(p, prompts=25, lengths="1000,2000")
     p.add_argument(
-        "--recipe", choices=RECIPES, default="SEAL-C, pull 2%", help="learned on lines")
+        "--recipe", choices=RECIPES, default="25 records x 8", help="learned on lines")
     bench = open_bench(p.parse_args(arguments), PARTS)
     for part in bench.args.parts:
         PARTS[part](bench)
