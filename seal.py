@@ -585,7 +585,7 @@ def read_scales(path, config: Config):
 def note(text):
     print(text, file=sys.stderr, flush=True)  # stdout is kept for results
 
-def check_place(path) -> Path:
+def check_place(path):
     """The path; UserError unless a file can be written there."""
     path = Path(path)
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
@@ -990,7 +990,7 @@ def exit_status(program: str, main, arguments=None):
     except KeyboardInterrupt:
         note(f"{program}: interrupted")
         return 130
-    except (UserError, OSError, UnicodeError, MemoryError, OutOfMemoryError) as error:
+    except (UserError, OSError, ImportError, UnicodeError, MemoryError, OutOfMemoryError) as error:
         message = " ".join(f"{error}".split()) or type(error).__name__
         note(f"{program}: error: {message[:1000]}")
         return 2
