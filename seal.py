@@ -122,9 +122,9 @@ def arrange(start: int, T: int, branches):
         branches = [T]
     end = start + T - sum(branches)
     positions = torch.arange(start, end), *(end + torch.arange(n) for n in branches)
-    own = torch.block_diag(*(torch.ones(n, n).tril() for n in branches))  # (R, R)
-    mask = F.pad(own, (end, 0), value=1.0)  # (R, start + T)
-    return torch.cat(positions), mask.bool()
+    squares = (torch.ones(n, n, dtype=torch.bool).tril() for n in branches)
+    own = torch.block_diag(*squares)  # (R, R)
+    return torch.cat(positions), F.pad(own, (end, 0), value=True)  # (R, start + T)
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. q (B, H, T, d), k and v (B, G, S, d).
@@ -322,7 +322,7 @@ class Sample:
         """Stored with scales: they are not tested on what they were trained on."""
         return digest(self.prompt.encode())
 
-def digest(data: bytes) -> str:
+def digest(data):
     return hashlib.sha256(data).hexdigest()[:12]
 
 def longest_prompt(owner):
@@ -506,7 +506,7 @@ def judge(samples, answers) -> dict:
     correct = sum(score > 0.5 for score in scores)
     return {"prompts": len(scores), "correct": correct, "score": sum(scores) / len(scores)}
 
-def score_table(results) -> str:
+def score_table(results):
     """Results as measure() returns them, as a table."""
     from tabulate import tabulate
     rows = []
@@ -801,7 +801,7 @@ class Tokenizer:
             raise UserError(f"{self.hf.decode(max(ids))!r} has no row in the embedding")
         return ids
 
-    def decode(self, ids) -> str:
+    def decode(self, ids):
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _with_bos(self, text: str) -> list[int]:
@@ -971,7 +971,7 @@ def main(arguments=None):
         command.set_defaults(call=call)
     flags = vars(parser.parse_args(arguments))
     call = flags.pop("call")
-    paths = [flags[name] for name in ASKED["paths"] if flags.get(name)]
+    paths = [os.path.realpath(flags[n]) for n in ASKED["paths"] if flags.get(n)]
     with blame("flags"):
         check_json(flags | {"files": paths}, "flags.schema.json")
     for name in ("json", "plot"):
