@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,16 @@ def test_a_cell_is_what_seal_says_of_the_same_prompts(measured):
             found = cells_of(out)[f"lines / {recipe} / {cell['length']}"]
             for key in "prompts", "correct", "score":
                 assert found[key] == cell[key]
+
+
+def test_a_meeting_is_answered_by_the_one_who_has_been_there():
+    bench = SimpleNamespace(args=SimpleNamespace(seed=0), tokenizer=open_tokenizer(seal.TOY))
+    sentences = ["A kid sleeps here. "] * 999
+    for i in range(3):
+        (sample,) = transfer.meeting(bench, sentences, i, 300, named=True)
+        others = [person for person in transfer.PEOPLE if person != sample.answer]
+        assert sample.score(f"It was {sample.answer}, in 1999.") == 1
+        assert sample.score(f"It was {others[0]}.") == 0
 
 
 def test_what_is_finished_is_not_done_again(measured, capsys, monkeypatch):

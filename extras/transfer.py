@@ -31,6 +31,7 @@ import seal
 from extras import ruler
 from extras.realmodel import RECIPES, Bench, add_flags, open_bench, prose
 from extras.realmodel_table import show
+from extras.tasks import Task
 
 MEETINGS = {  # city: what stands there, and nowhere else
     "Paris": "the Eiffel Tower", "London": "Buckingham Palace", "Rome": "the Colosseum",
@@ -85,7 +86,7 @@ def meeting(bench: Bench, sentences: list[str], i: int, length: int, named: bool
         for fact, depth in zip(facts, depths):
             text.insert(int(depth * n), fact)
         prompt = "{}\n\n{}".format(" ".join(text), question)
-        return [seal.Sample(prompt, people[0], expected=[people[0]])]
+        return [Task(prompt, people[0], expected=[people[0]])]
 
     return seal.largest_fit(make, bench.tokenizer, length, length)
 
