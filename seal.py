@@ -128,8 +128,7 @@ def arrange(start: int, T: int, branches):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. q (B, H, T, d), k and v (B, G, S, d).
-    The last R queries see the keys that mask (R, S) shows; query i before them 0 to i.
-    """
+    The last R queries see what mask (R, S) shows; query i before them keys 0 to i."""
     attention = partial(F.scaled_dot_product_attention, enable_gqa=True)
     P = q.shape[2] - len(mask)
     first = attention(q[..., :P, :], k[..., :P, :], v[..., :P, :], is_causal=True)
@@ -272,8 +271,7 @@ def extend(config: Config, spec: str) -> Config:
 @torch.no_grad()
 def generate(model, prompt, max_new_tokens, stop=(), cache=None, start=0) -> list[int]:
     """Greedy continuation of a prompt (token ids), ended before a token of `stop` and by
-    the context. A cache may hold the first `start` tokens of the prompt already.
-    """
+    the context. A cache may hold the first `start` tokens of the prompt already."""
     left = model.config.context - len(prompt)
     if not prompt or left < 1:
         raise UserError(f"a prompt has {len(prompt)} tokens, {left} are left to answer")
@@ -400,8 +398,7 @@ def make_records(task, tokenizer, lengths, count, split, seed=0, depth=None, hay
     or "eval", is in the seed, and a file leaves out what stands in `trained_on`.
     """
     if task in TASKS:
-        records = []
-        make = TASKS[task]
+        make, records = TASKS[task], []
         for i, length in zip(range(count), cycle(lengths)):
             rng = random.Random(f"{task} {split} {seed} {length} {i}")
             records.append(make(rng, tokenizer, length, split, depth, haystack, questions))
@@ -410,9 +407,9 @@ def make_records(task, tokenizer, lengths, count, split, seed=0, depth=None, hay
         records = read_records(task, seed, trained_on, questions)[:count]
     if not records:
         raise UserError(f"--task {task}: holds no prompt that was not trained on")
+    length = max(lengths)
     for s in sum(records, []):
         prompt, answer = tokenizer.pair(s)
-        length = max(lengths)
         if len(prompt) > length or len(prompt + answer) > tokenizer.context:
             raise UserError(f"{s.prompt[:30]!r}... has {len(prompt)} tokens, its answer "
                             f"{len(answer)}: --length {length}, context {tokenizer.context}")
@@ -461,8 +458,7 @@ def train(model, records, lr, epochs=1, pull=0.0, saved=None, after_step=None) -
     """Learn the model's scales on records (see answer_loss); returns the losses.
     As in the paper: AdamW at a constant rate, a record a step. Weight decay would prune
     heads; `pull` moves scales that share of the way back to 1 after each step. To go on,
-    give what after_step(losses, optimizer) stored as `saved`, with its scales put in.
-    """
+    give as `saved` what after_step(losses, optimizer) stored, its scales put in."""
     scales, losses = model.scales(), []
     optimizer = torch.optim.AdamW(scales, lr=lr, weight_decay=0.0)
     if saved:
@@ -697,8 +693,7 @@ class Weights:
 
     def check(self, config: Config) -> Llama:
         """The config's model, empty; UserError unless these are just its weights.
-        They may leave out o_proj's biases, and an output matrix that is the embedding.
-        """
+        They may lack o_proj's biases, and an output matrix that is the embedding."""
         with blame(self.folder), torch.device("meta"):  # shapes without memory
             model = Llama(config)
             given = {name: torch.empty(shape) for name, (_, _, shape) in self.places.items()}
@@ -832,8 +827,8 @@ def wholes(text):
 ASKED = read_json(ASSETS / "flags.schema.json")
 FLAGS = ASKED["properties"]
 FLAGS["ckpt"]["argparse"]["default"] = str(TOY)
-defaults = {name: about["argparse"]["default"] for name, about in FLAGS.items()}
-Flags = make_dataclass("Flags", [(name, object, defaults[name]) for name in FLAGS])
+Flags = make_dataclass("Flags", [
+    (name, object, about["argparse"]["default"]) for name, about in FLAGS.items()])
 
 def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
     """What a command starts with. Facts: read with scales, or begun for new ones."""
@@ -863,8 +858,8 @@ def open_checkpoint(flags: Flags) -> tuple[Llama, Tokenizer, Facts]:
          f"{facts.extend}, template {facts.template}, scales {flags.scales} of {facts.checkpoint}")
     return model, tokenizer, facts
 
-def train_command(flags: Flags):
-    out = check_place(flags.out or "scales.safetensors")
+def prepare(flags: Flags):
+    """What a training starts with: the model, its tokenizer, facts, and the records."""
     model, tokenizer, facts = open_checkpoint(flags)
     lengths = flags.length or [longest_prompt(tokenizer)]
     made = make_records(flags.task, tokenizer, lengths, flags.samples, "train", flags.seed,
@@ -877,6 +872,11 @@ def train_command(flags: Flags):
         seed=flags.seed, trained_on=",".join(s.fingerprint() for s in sum(made, [])))
     model.reset_scales(flags.mode)
     model.room = {"always": 0, "auto": 2**31, "never": math.inf}[flags.recompute]
+    return model, tokenizer, facts, records
+
+def train_command(flags: Flags):
+    out = check_place(flags.out or "scales.safetensors")
+    model, _, facts, records = prepare(flags)
     state, saved = Path(f"{out}.state"), None  # for --resume, until the run is over
     run = digest(repr((facts, records)).encode())
     if flags.resume and state.exists():

@@ -110,13 +110,9 @@ def train(flags: seal.Flags, method: str) -> None:
     if Path(flags.ckpt).is_file():
         raise seal.UserError(f"{flags.ckpt}: must be a folder (python -m extras.convert)")
     out = check_free(flags.out or f"{Path(flags.ckpt).resolve().name}-{method}")
-    opened, tokenizer, _ = seal.open_checkpoint(flags)  # says if anything is wrong
-    like, lengths = opened.norm.weight, flags.length or [seal.longest_prompt(opened.config)]
+    opened, _, _, records = seal.prepare(flags)  # says if anything is wrong
+    like = opened.norm.weight
     del opened
-    records = seal.make_records(
-        flags.task, tokenizer, lengths, flags.samples, "train", flags.seed,
-        haystack=flags.haystack, questions=flags.questions)
-    records = [list(map(tokenizer.pair, record)) for record in records]
     model = Adapted(flags, like, method)
     size = sum(p.numel() for p in model.scales())
     seal.note(f"{METHOD[method]}: {size:,} numbers, {len(records)} records")

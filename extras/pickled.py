@@ -19,19 +19,20 @@ def other_files(folder: Path) -> list[Path]:
 
     UserError where there are none, or where a part is missing.
     """
-    for stem, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        single = folder / (stem + end)
+    parts = sorted(folder.glob("model-*-of-*.safetensors"))  # seal.py has found no more
+    if not parts:
+        single = folder / "pytorch_model.bin"
         index = seal.read_json(f"{single}.index.json").get("weight_map", {})
-        parts = sorted(folder.glob(f"{stem}-*-of-*{end}"))
         if single.exists():
             return [single]
         if index:
             return [folder / name for name in sorted({*index.values()})]
-        if parts and len(parts) != int(parts[0].stem[-5:]):
-            raise seal.UserError(f"{parts[0]}: there are {len(parts)} parts like it, not all")
-        if parts:
-            return parts
-    raise seal.UserError(f"{folder}: has no model.safetensors or pytorch_model.bin")
+        parts = sorted(folder.glob("pytorch_model-*-of-*.bin"))
+    if not parts:
+        raise seal.UserError(f"{folder}: has no model.safetensors or pytorch_model.bin")
+    if len(parts) != int(parts[0].stem[-5:]):
+        raise seal.UserError(f"{parts[0]}: there are {len(parts)} parts like it, not all")
+    return parts
 
 
 class Pickled:

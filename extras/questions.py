@@ -24,7 +24,6 @@ The record's attention to itself is causal and counts half (as in extras.speed),
 questions counts whole. Its GB are storages of a bfloat16 model that live at once.
 """
 
-import math
 import platform
 import re
 import shlex
@@ -64,16 +63,9 @@ class Seal(speed.Seal):
             found |= {"ckpt": args.ckpt, "dtype": args.dtype}
             seal.check_json(found, "flags.schema.json")
         self.flags = flags = seal.Flags(**found)
-        self.model, tokenizer, facts = seal.open_checkpoint(flags)
-        self.model.room = {"always": 0, "auto": 2**31, "never": math.inf}[flags.recompute]
+        self.model, self.tokenizer, facts, records = seal.prepare(flags)
         self.keep = save_on_cpu if flags.offload else nullcontext
-        self.lr = flags.lr or seal.paper_lr(flags.task, flags.mode, facts.layers)
-        lengths = flags.length or [seal.longest_prompt(tokenizer)]
-        made = seal.make_records(
-            flags.task, tokenizer, lengths, flags.samples, "train", flags.seed,
-            haystack=flags.haystack, questions=flags.questions)
-        self.work = [list(map(tokenizer.pair, record)) for record in made] * flags.epochs
-        self.saved = None
+        self.lr, self.work, self.saved = facts.lr, records * flags.epochs, None
 
     def train(self, until: int) -> list[float]:
         """Go on to this step, in the way that --resume does."""

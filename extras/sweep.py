@@ -76,15 +76,14 @@ def main(arguments=None) -> None:
     for recipe in args.recipes.split(";"):
         asked = f"--mode channel --length 700 {recipe}"
         side = Seal(SimpleNamespace(ckpt=args.ckpt, dtype=args.dtype, recipe=asked, seed=0))
-        tokenizer = seal.Tokenizer(args.ckpt, side.model.config)
         if base is None:
             side.model.reset_scales("head")
-            base = measure(side.model, tokenizer, args)
+            base = measure(side.model, side.tokenizer, args)
             results.append({"recipe": "base"} | base)
         start = time.process_time()
         side.train(len(side.work))
         seconds = round(time.process_time() - start, 1)
-        found = measure(side.model, tokenizer, args)
+        found = measure(side.model, side.tokenizer, args)
         found["of the base's perplexity"] = found["perplexity"] / base["perplexity"]
         results.append({"recipe": asked, "seconds": seconds} | found)
         print(json.dumps(results[-1]), flush=True)
